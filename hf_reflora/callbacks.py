@@ -1,0 +1,116 @@
+"""RefLoRA as a TrainerCallback: for `transformers.Trainer` and every TRL trainer."""
+
+import math
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainingArguments
+
+from .optimizer import STEP_KEY
+from .pairs import lora_layers, require_pairs, trainable_pairs
+from .step import RefLora, check_optimizer
+
+
+class RefLoraCallback(TrainerCallback):
+    """Refactors the LoRA factors at each optimizer step (RefLoRA, https://huggingface.co/papers/2505.18877).
+
+    Works with gradients that are accumulated, reduced over processes, unscaled and clipped: on one device, with DDP,
+    with gradient accumulation and checkpointing, bf16, fp16 and torch.compile. The pairs are PEFT's trainable
+    lora_A/lora_B pairs of Linear, Embedding, Conv and `target_parameters` layers; all else is updated as usual. The
+    logged `grad_norm` is the norm before preconditioning.
+
+    It has no state: warm-up and interval follow `state.global_step`, so a resumed run continues exactly.
+
+    Not for DeepSpeed (the step is taken inside the backward pass), FSDP (flat or sharded factors) or Megatron-LM: there
+    it raises; use DDP. Give a trainer one such callback, and not together with `create_reflora_optimizer`.
+
+    Args:
+        method: `"reflora"` (Theorem 3) or `"reflora_s"` (Theorem 5).
+        form, eps, dtype, warmup_steps, interval, smoothness: As in `hf_reflora.RefLora`.
+
+    Raises:
+        ValueError: at construction for a value out of range; when training starts, if there is no trainable LoRA pair,
+            the optimizer needs a closure, or the backend is not supported. `RefLoraTrainer` and `RefLoraSFTTrainer`
+            raise the latter at construction, too.
+
+    Example:
+        >>> trainer = SFTTrainer(..., peft_config=LoraConfig(), callbacks=[RefLoraCallback(warmup_steps=100)])
+    """
+
+    def __init__(
+        self,
+        method: str = "reflora",
+        *,
+        form: str | None = None,
+        eps: float | None = None,
+        dtype: str = "float32",
+        warmup_steps: int = 0,
+        interval: int = 1,
+        smoothness: float | None = None,
+    ):
+        self.reflora = RefLora(method, form, eps, dtype, warmup_steps, interval, smoothness)
+        self._layers = {}
+        self._grad_norm: Tensor | None = None
+
+    def check(self, args: TrainingArguments, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Raises where this callback could not work: see the class."""
+        check_backend()
+        require_pairs(model)
+        if optimizer is not None:
+            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+            check_optimizer(type(inner))
+            if any(STEP_KEY in group for group in inner.param_groups):
+                raise ValueError(
+                    "The optimizer comes from create_reflora_optimizer and RefLoraCallback would refactor a second "
+                    "time. Use one of the two."
+                )
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.check(args, model, optimizer)
+        self._layers = lora_layers(model)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.reflora.due(state.global_step):
+            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), optimizer)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.reflora.due(state.global_step):
+            self.reflora.after_optimizer(trainable_pairs(self._layers), optimizer)
+
+    def metrics(self) -> dict[str, float]:
+        """What `RefLoraTrainer` logs; for other trainers, call it where you log.
+
+        Means over the pairs as they are now, before the next refactoring (balance_gap, balance_residual, cond_P, cond_Q
+        as medians, norm_A, norm_B, fallback: see `hf_reflora.refactor.diagnose`), and `grad_norm`, the norm of the LoRA
+        gradients after the last preconditioning. What does not exist yet is left out.
+        """
+        pairs = trainable_pairs(self._layers)
+        values = {}
+        for name, value in self.reflora.diagnose(pairs).items() if pairs else ():
+            value = value[value.isfinite()]
+            if len(value):
+                values[name] = (value.median() if name.startswith("cond") else value.mean()).item()
+        if self._grad_norm is not None:
+            values["grad_norm"] = self._grad_norm.item()
+        return {f"reflora/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def check_backend() -> None:
+    """Raises a ValueError on backends where gradients are not whole at `on_pre_optimizer_step`."""
+    if not AcceleratorState._shared_state:
+        return
+    state = AcceleratorState()
+    reasons = {
+        DistributedType.DEEPSPEED: (
+            "DeepSpeed takes the optimizer's step inside the backward pass, so gradients changed after it do nothing"
+        ),
+        DistributedType.FSDP: "FSDP keeps the LoRA factors in flat or sharded parameters, so A and B are not whole",
+        DistributedType.MEGATRON_LM: "Megatron-LM takes the optimizer's step by itself",
+    }
+    if state.distributed_type in reasons:
+        raise ValueError(
+            f"RefLoRA does not support {state.distributed_type.value} yet: {reasons[state.distributed_type]}. Train "
+            "with DDP instead (accelerate launch --multi_gpu), or without RefLoRA."
+        )

@@ -1,0 +1,169 @@
+"""One RefLoRA step on the pairs of a model: which form, at which steps, with which numbers."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import refactor
+from .pairs import LoraPair, dense_gradient
+
+
+METHODS = ("reflora", "reflora_s")
+FORMS = ("precondition", "rescale")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# State that torch's optimizers keep for each entry, by the degree in which the gradient enters it.
+MOMENT_DEGREES = {
+    "exp_avg": 1,
+    "momentum_buffer": 1,
+    "grad_avg": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "square_avg": 2,
+    "sum": 2,
+}
+
+
+@dataclass(frozen=True)
+class RefLora:
+    """The settings of RefLoRA, checked, and what a step does with them.
+
+    Args:
+        method: "reflora" (Theorem 3) or "reflora_s" (Theorem 5, S = s I).
+        form: "precondition" multiplies the gradients before the optimizer's step and leaves the factors as they are;
+            "rescale" balances the factors and moves the optimizer's moments along after the step, for "reflora_s" only.
+            Default: "precondition" for "reflora", "rescale" for "reflora_s" (as the authors' code does). See
+            `hf_reflora.refactor.rescale_` for how they differ.
+        eps: Shrinkage ε in (0, 1] of the Gram matrices; 1 turns "reflora" into "reflora_s". Default: the smallest safe
+            one, max(1e-5, 4 r 2⁻²⁴) in float32 and 1e-12 in float64. Without meaning for "reflora_s".
+        dtype: "float32" (default) or "float64", the least dtype of the Gram matrices.
+        warmup_steps: Number of first optimizer steps that are left plain. Default 0; the paper uses 100 or 200.
+        interval: Refactor at every interval-th step only. Default 1. With "precondition" and Adam the plain steps
+            between share the same moments, which mixes two kinds of gradients: prefer 1.
+        smoothness: L, the smoothness constant of the loss with respect to the weight, for the small-step branch of
+            Theorems 3 and 5 (η is the optimizer's current learning rate). Default: no such branch.
+
+    Raises:
+        ValueError: at construction, for a value out of range.
+    """
+
+    method: str = "reflora"
+    form: str | None = None
+    eps: float | None = None
+    dtype: str = "float32"
+    warmup_steps: int = 0
+    interval: int = 1
+    smoothness: float | None = None
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"RefLoRA: method must be one of {METHODS}, got {self.method!r}.")
+        if self.form is not None and self.form not in FORMS:
+            raise ValueError(f"RefLoRA: form must be one of {FORMS} or None, got {self.form!r}.")
+        if self.form == "rescale" and self.method == "reflora":
+            raise ValueError(
+                "RefLoRA: form='rescale' needs method='reflora_s': a full S would mix entries of Adam's second moment. "
+                "Use form='precondition'."
+            )
+        if self.eps is not None and not 0 < self.eps <= 1:
+            raise ValueError(f"RefLoRA: eps must lie in (0, 1], got {self.eps}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"RefLoRA: dtype must be one of {tuple(DTYPES)}, got {self.dtype!r}.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"RefLoRA: warmup_steps must be at least 0, got {self.warmup_steps}.")
+        if self.interval < 1:
+            raise ValueError(f"RefLoRA: interval must be at least 1, got {self.interval}.")
+        if self.smoothness is not None and not self.smoothness > 0:
+            raise ValueError(f"RefLoRA: smoothness must be positive, got {self.smoothness}.")
+
+    @property
+    def rescales(self) -> bool:
+        return self.method == "reflora_s" and self.form != "precondition"
+
+    def due(self, step: int) -> bool:
+        """Whether optimizer step number `step`, counted from 0, is refactored."""
+        return step >= self.warmup_steps and (step - self.warmup_steps) % self.interval == 0
+
+    def before_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
+        """Preconditions the gradients. Returns their norm after it (a tensor, not synchronized), None if none was."""
+        if self.rescales:
+            return None
+        pairs = [p for p in pairs if p.A.grad is not None or p.B.grad is not None]
+        if not pairs:
+            return None
+        As, Bs = _blocks(pairs)
+        grads_A, grads_B = [], []
+        for pair in pairs:
+            grad_A, grad_B = dense_gradient(pair.A), dense_gradient(pair.B)
+            grads_A += pair.split_A(grad_A) if grad_A is not None else [None] * pair.blocks
+            grads_B += pair.split_B(grad_B) if grad_B is not None else [None] * pair.blocks
+        inverse_steps = self._inverse_steps(pairs, optimizer)
+        if self.method == "reflora_s":
+            refactor.precondition_scalar_(As, Bs, grads_A, grads_B, inverse_steps=inverse_steps)
+        else:
+            refactor.precondition_(
+                As, Bs, grads_A, grads_B, eps=self.eps, dtype=DTYPES[self.dtype], inverse_steps=inverse_steps
+            )
+        return torch.nn.utils.get_total_norm([g for p in pairs for g in (p.A.grad, p.B.grad) if g is not None])
+
+    def after_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
+        """Rescales the factors and the optimizer's moments (RefLoRA-S as a true refactoring)."""
+        if not self.rescales or not pairs:
+            return
+        As, Bs = _blocks(pairs)
+        moments_A, moments_B = [], []
+        for pair in pairs:
+            moments_A += _moments(optimizer, pair.A, pair.split_A, pair.blocks)
+            moments_B += _moments(optimizer, pair.B, pair.split_B, pair.blocks)
+        refactor.rescale_(As, Bs, moments_A, moments_B, inverse_steps=self._inverse_steps(pairs, optimizer))
+
+    def diagnose(self, pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
+        """`hf_reflora.refactor.diagnose` of the pairs as they are now."""
+        return refactor.diagnose(*_blocks(pairs), eps=self.eps, dtype=DTYPES[self.dtype])
+
+    def _inverse_steps(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[float] | None:
+        """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A."""
+        if self.smoothness is None:
+            return None
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        return [
+            1 / (self.smoothness * pair.scaling**2 * max(rates[id(pair.A)], 1e-30))
+            for pair in pairs
+            for _ in range(pair.blocks)
+        ]
+
+
+def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
+    """Raises a ValueError if the optimizer's step needs a closure, which would overwrite preconditioned gradients."""
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"RefLoRA changes gradients before the step, but {optimizer_cls.__name__}.step needs a closure that computes "
+            "them again inside the step. Use an optimizer whose closure is optional, such as AdamW or SGD."
+        )
+
+
+def _blocks(pairs: Sequence[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of every block of every pair."""
+    return [A for p in pairs for A in p.split_A(p.A)], [B for p in pairs for B in p.split_B(p.B)]
+
+
+def _moments(optimizer: Optimizer, parameter: Tensor, split, blocks: int) -> list[list[tuple[Tensor, int]]]:
+    """The moments (tensor, degree) that `optimizer` keeps for each block of `parameter`."""
+    moments = [[] for _ in range(blocks)]
+    for name, value in optimizer.state.get(parameter, {}).items():
+        if name not in MOMENT_DEGREES:
+            if torch.is_tensor(value) and value.numel() > 1:
+                raise ValueError(
+                    f"RefLoRA-S as rescaling moves the optimizer's state along with the factors, but "
+                    f"{type(optimizer).__name__} keeps {name!r}, which it does not know (known: "
+                    f"{', '.join(MOMENT_DEGREES)}). Use AdamW or SGD, or form='precondition'."
+                )
+            continue
+        if value is not None:
+            for block, part in zip(moments, split(value), strict=True):
+                block.append((part, MOMENT_DEGREES[name]))
+    return moments

@@ -1,0 +1,79 @@
+"""Trainers with RefLoRA built in: a callback, metrics in the log and a name on the card, nothing else."""
+
+from transformers import Trainer
+from trl import SFTTrainer
+
+from .callbacks import RefLoraCallback
+
+
+class _RefLoraMixin:
+    """Adds `RefLoraCallback` to a Trainer and its metrics to the training log."""
+
+    def __init__(self, *args, reflora: RefLoraCallback | None = None, callbacks: list | None = None, **kwargs):
+        if any(isinstance(c, RefLoraCallback) or c is RefLoraCallback for c in callbacks or []):
+            raise ValueError(
+                f"{type(self).__name__} adds a RefLoraCallback itself; a second one in callbacks= would refactor "
+                "twice. Pass it as reflora=RefLoraCallback(...)."
+            )
+        self.reflora = RefLoraCallback() if reflora is None else reflora
+        super().__init__(*args, callbacks=[*(callbacks or []), self.reflora], **kwargs)
+        self.reflora.check(self.args, self.model, self.optimizer)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:  # the training log, not evaluation or the summary at the end
+            logs = {**logs, **self.reflora.metrics()}
+        super().log(logs, *args, **kwargs)
+
+
+class RefLoraTrainer(_RefLoraMixin, Trainer):
+    """`transformers.Trainer` with RefLoRA (https://huggingface.co/papers/2505.18877).
+
+    Takes the arguments of `transformers.Trainer` and `reflora`, the callback with RefLoRA's settings (default
+    `RefLoraCallback()`). The training log gains what `RefLoraCallback.metrics` returns.
+
+    Raises:
+        ValueError: at construction, see `RefLoraCallback`.
+    """
+
+    _tag_names = ["reflora"]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+
+
+class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with RefLoRA (https://huggingface.co/papers/2505.18877).
+
+    Takes the arguments of `trl.SFTTrainer` and `reflora`, the callback with RefLoRA's settings (default
+    `RefLoraCallback()`). Pass `peft_config=LoraConfig(...)` or a trainable `PeftModel`. The training log gains what
+    `RefLoraCallback.metrics` returns.
+
+    Raises:
+        ValueError: at construction, see `RefLoraCallback`.
+
+    Example:
+        >>> trainer = RefLoraSFTTrainer(
+        ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ...     train_dataset=dataset,
+        ...     peft_config=LoraConfig(r=8, target_modules="all-linear"),
+        ...     reflora=RefLoraCallback(warmup_steps=100),
+        ... )
+    """
+
+    _tag_names = ["trl", "sft", "reflora"]
+    _name = "SFT (RefLoRA)"
+    _paper = {
+        "title": "RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models",
+        "id": "2505.18877",
+        # docstyle-ignore
+        "citation": """\
+@inproceedings{zhang2025reflora,
+    title        = {{RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models}},
+    author       = {Yilang Zhang and Bingcong Li and Georgios B. Giannakis},
+    year         = 2025,
+    booktitle    = {Advances in Neural Information Processing Systems},
+    eprint       = {2505.18877},
+}""",
+    }
