@@ -26,8 +26,8 @@ class RefLoraArguments:
     reflora_eps: float | None = field(
         default=None,
         metadata={
-            "help": "Shrinkage ε in (0, 1] of P = AAᵀ and Q = BᵀB towards multiples of I; 1 is RefLoRA-S. Default: the "
-            "smallest safe one, max(1e-5, 4r·2⁻²⁴) in float32, 1e-12 in float64."
+            "help": "Shrinkage ε in (0, 1] of P = AAᵀ and Q = BᵀB towards multiples of I; 1 is RefLoRA-S. Default: "
+            "the smallest safe one, max(1e-5, 4r·2⁻²⁴) in float32, 1e-12 in float64."
         },
     )
     reflora_dtype: str = field(

@@ -23,8 +23,8 @@ class RefLoraCallback(TrainerCallback):
 
     It has no state: warm-up and interval follow `state.global_step`, so a resumed run continues exactly.
 
-    Not for DeepSpeed (the step is taken inside the backward pass), FSDP (flat or sharded factors) or Megatron-LM: there
-    it raises; use DDP. Give a trainer one such callback, and not together with `create_reflora_optimizer`.
+    Not for DeepSpeed (the step is taken inside the backward pass), FSDP (flat or sharded factors) or Megatron-LM:
+    there it raises; use DDP. Give a trainer one such callback, and not together with `create_reflora_optimizer`.
 
     Args:
         method: `"reflora"` (Theorem 3) or `"reflora_s"` (Theorem 5).
@@ -82,9 +82,9 @@ class RefLoraCallback(TrainerCallback):
     def metrics(self) -> dict[str, float]:
         """What `RefLoraTrainer` logs; for other trainers, call it where you log.
 
-        Means over the pairs as they are now, before the next refactoring (balance_gap, balance_residual, cond_P, cond_Q
-        as medians, norm_A, norm_B, fallback: see `hf_reflora.refactor.diagnose`), and `grad_norm`, the norm of the LoRA
-        gradients after the last preconditioning. What does not exist yet is left out.
+        Means over the pairs as they are now, before the next refactoring (balance_gap, balance_residual, norm_A,
+        norm_B, fallback, and medians of cond_P and cond_Q: see `hf_reflora.refactor.diagnose`), and `grad_norm`, the
+        norm of the LoRA gradients after the last preconditioning. What does not exist yet is left out.
         """
         pairs = trainable_pairs(self._layers)
         values = {}

@@ -39,7 +39,7 @@ def create_reflora_optimizer(
     ZeRO and FSDP, which hand the optimizer flat or sharded parameters.
 
     Args:
-        model: A PEFT model with trainable LoRA adapters. Pairs are looked up at each step, so adapters may be switched.
+        model: A PEFT model with trainable LoRA adapters. Its pairs are looked up at each step: adapters may switch.
         optimizer_cls: The optimizer, for example `torch.optim.AdamW`.
         lr: Learning rate of the optimizer.
         method: `"reflora"` or `"reflora_s"`.

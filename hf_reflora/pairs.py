@@ -118,8 +118,8 @@ def require_pairs(model: nn.Module) -> list[LoraPair]:
     if kinds:
         raise ValueError(f"{looked}. The model's adapter layers are {', '.join(kinds)}; pass a LoraConfig instead.")
     raise ValueError(
-        f"{looked}. {type(model).__name__} has no adapter; wrap it with peft.get_peft_model(model, LoraConfig(...)) or "
-        "pass peft_config=LoraConfig(...) to the trainer."
+        f"{looked}. {type(model).__name__} has no adapter; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
+        "or pass peft_config=LoraConfig(...) to the trainer."
     )
 
 

@@ -225,8 +225,8 @@ def precondition_(
             invariance of the SGD step, for factors of condition number up to about 1e4.
         inverse_steps: n numbers 1 / (L η) for the small-step branch, see `refactoring`. Default: no such branch.
 
-    A pair of B = 0 (LoRA's start) keeps its gradients. Non-finite gradients stay non-finite, so a GradScaler's check is
-    not weakened; S itself is always finite.
+    A pair of B = 0 (LoRA's start) keeps its gradients. Non-finite gradients stay non-finite, so a GradScaler's check
+    is not weakened; S itself is always finite.
     """
     for indices in _one_rank(As):
         inverse_step = None
@@ -256,7 +256,7 @@ def precondition_scalar_(
     Adam-type optimizers divide a gradient by its own running size, so they undo a constant s and see only its changes;
     with them use `rescale_` instead. With SGD this is the method of the paper.
     """
-    for A, B, grad_A, grad_B, s in zip(As, Bs, grads_A, grads_B, _scalars(As, Bs, inverse_steps), strict=True):
+    for grad_A, grad_B, s in zip(grads_A, grads_B, _scalars(As, Bs, inverse_steps), strict=True):
         for grad, factor in ((grad_A, s.reciprocal()), (grad_B, s)):
             if grad is not None:
                 grad.copy_(grad.to(factor.dtype) * factor)
@@ -277,9 +277,9 @@ def rescale_(
     optimizer's moments follow the gradients of the new factors, ∇A / √s and √s ∇B: a moment of degree k is divided by
     √sᵏ for A and multiplied by it for B (k = 1: `exp_avg`, momentum; k = 2: `exp_avg_sq`).
 
-    It differs from `precondition_scalar_`, which leaves the factors alone, wherever the optimizer is not plain SGD: Adam
-    takes steps of one size per entry, so there the sizes of the factors themselves decide how far ΔW moves; weight
-    decay, too, acts on the balanced factors.
+    It differs from `precondition_scalar_`, which leaves the factors alone, wherever the optimizer is not plain SGD:
+    Adam takes steps of one size per entry, so there the sizes of the factors themselves decide how far ΔW moves;
+    weight decay, too, acts on the balanced factors.
 
     Args:
         As, Bs: The factors, overwritten.
@@ -309,12 +309,14 @@ def _scalars(As: Sequence[Tensor], Bs: Sequence[Tensor], inverse_steps: Sequence
 
 
 @torch.no_grad()
-def diagnose(As: Sequence[Tensor], Bs: Sequence[Tensor], *, eps: float | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def diagnose(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], *, eps: float | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """What the factors look like before a refactoring: one value a pair and key, each of shape (n,).
 
     balance_gap ‖P - Q‖_F / ‖Q‖_F, how far the factors are from balance (S = I); balance_residual
-    ‖S P S - Q‖_F / ‖Q‖_F, how far S leaves them from it (shrinkage and fallback show here); cond_P and cond_Q, condition
-    numbers λ_max / λ_min; norm_A and norm_B, Frobenius norms; fallback, 1 where S is a multiple of the identity.
+    ‖S P S - Q‖_F / ‖Q‖_F, how far S leaves them from it (shrinkage and fallback show here); cond_P and cond_Q,
+    condition numbers λ_max / λ_min; norm_A and norm_B, Frobenius norms; fallback, 1 where S is a multiple of I.
     A value that does not exist (a division by 0) is NaN or inf.
     """
     parts: dict[str, list[Tensor]] = defaultdict(list)

@@ -34,8 +34,8 @@ class RefLora:
     Args:
         method: "reflora" (Theorem 3) or "reflora_s" (Theorem 5, S = s I).
         form: "precondition" multiplies the gradients before the optimizer's step and leaves the factors as they are;
-            "rescale" balances the factors and moves the optimizer's moments along after the step, for "reflora_s" only.
-            Default: "precondition" for "reflora", "rescale" for "reflora_s" (as the authors' code does). See
+            "rescale" balances the factors and moves the optimizer's moments along after the step, for "reflora_s"
+            only. Default: "precondition" for "reflora", "rescale" for "reflora_s" (as the authors' code does). See
             `hf_reflora.refactor.rescale_` for how they differ.
         eps: Shrinkage ε in (0, 1] of the Gram matrices; 1 turns "reflora" into "reflora_s". Default: the smallest safe
             one, max(1e-5, 4 r 2⁻²⁴) in float32 and 1e-12 in float64. Without meaning for "reflora_s".
@@ -65,8 +65,8 @@ class RefLora:
             raise ValueError(f"RefLoRA: form must be one of {FORMS} or None, got {self.form!r}.")
         if self.form == "rescale" and self.method == "reflora":
             raise ValueError(
-                "RefLoRA: form='rescale' needs method='reflora_s': a full S would mix entries of Adam's second moment. "
-                "Use form='precondition'."
+                "RefLoRA: form='rescale' needs method='reflora_s': a full S would mix entries of Adam's second "
+                "moment. Use form='precondition'."
             )
         if self.eps is not None and not 0 < self.eps <= 1:
             raise ValueError(f"RefLoRA: eps must lie in (0, 1], got {self.eps}.")
@@ -141,8 +141,8 @@ def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"RefLoRA changes gradients before the step, but {optimizer_cls.__name__}.step needs a closure that computes "
-            "them again inside the step. Use an optimizer whose closure is optional, such as AdamW or SGD."
+            f"RefLoRA changes gradients before the step, but {optimizer_cls.__name__}.step needs a closure that "
+            "computes them again inside the step. Use an optimizer whose closure is optional, such as AdamW or SGD."
         )
 
 

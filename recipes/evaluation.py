@@ -1,0 +1,117 @@
+"""Held-out rows answered greedily by a model, and the answers scored."""
+
+import json
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def reference(row: dict[str, Any]) -> str:
+    """The completion of a row in TRL's prompt/completion format, conversational or plain."""
+    completion = row["completion"]
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    description: str,
+) -> list[str]:
+    """Greedy answers to the prompts of `rows`, in their order; the rows are shared out over the processes."""
+    state = PartialState()
+    with state.split_between_processes(list(range(len(rows)))) as indices:
+        mine = {i: _prompt_ids(tokenizer, rows[i]["prompt"]) for i in indices}
+    batches = _batches(sorted(mine, key=lambda i: len(mine[i])), batch_size)
+    was_training = model.training
+    model.eval()
+    found = []
+    for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process):
+        inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        output = model.generate(
+            **inputs.to(model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += zip(batch, texts, strict=True)
+    model.train(was_training)
+    return [text for _, text in sorted(gather_object(found))]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def _batches(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def tool_call_scores(answers: list[str], references: list[str]) -> dict[str, float]:
+    """Scores of JSON tool calls {"name": ..., "arguments": {...}}.
+
+    valid_json: share of answers that are one JSON object. right_tool: share with the reference's name. argument_f1: F1
+    over all (argument, value) pairs, where a call of the wrong tool has no right argument. exact: share equal to the
+    reference, types included.
+    """
+    valid = tool = exact = hits = given = wanted = 0
+    for answer, reference in zip(answers, references, strict=True):
+        truth, call = json.loads(reference), _json_object(answer)
+        right_tool = call is not None and call.get("name") == truth["name"]
+        arguments = call.get("arguments") if call is not None else None
+        pairs = _pairs(arguments if isinstance(arguments, dict) else {})
+        valid += call is not None
+        tool += right_tool
+        exact += call is not None and _canonical(call) == _canonical(truth)
+        hits += len(pairs & _pairs(truth["arguments"])) if right_tool else 0
+        given += len(pairs)
+        wanted += len(truth["arguments"])
+    n = len(references)
+    return {
+        "exact": exact / n,
+        "valid_json": valid / n,
+        "right_tool": tool / n,
+        "argument_f1": 2 * hits / (given + wanted),
+    }
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # tells true from 1 and 2 from 2.0, which == does not
+
+
+def _pairs(arguments: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(name, _canonical(value)) for name, value in arguments.items()}
+
+
+def final_answer_scores(answers: list[str], references: list[str]) -> dict[str, float]:
+    """Share of answers whose last "answer is ..." names what the reference's does (MetaMathQA, commonsense-170k)."""
+    pairs = zip(answers, references, strict=True)
+    return {"accuracy": sum(_final_answer(a) == _final_answer(r) is not None for a, r in pairs) / len(references)}
+
+
+def _final_answer(text: str) -> str | None:
+    _, found, answer = text.rpartition("answer is")
+    return answer.lstrip(":").strip().rstrip(".").replace(",", "") if found else None
+
+
+SCORES = {"tool_call": tool_call_scores, "final_answer": final_answer_scores}

@@ -1,0 +1,170 @@
+"""Settings of a step and their errors, when a step is due, the moments of optimizers, and how the files import."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import hf_reflora
+from hf_reflora import RefLora
+from hf_reflora.pairs import require_pairs
+from hf_reflora.step import MOMENT_DEGREES, check_optimizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"method": "lora"}, r"method must be one of \('reflora', 'reflora_s'\), got 'lora'"),
+        ({"form": "refactor"}, "form must be one of .* or None, got 'refactor'"),
+        ({"form": "rescale"}, "form='rescale' needs method='reflora_s'"),
+        ({"eps": 0.0}, r"eps must lie in \(0, 1\], got 0.0"),
+        ({"eps": 1.1}, "eps must lie"),
+        ({"eps": float("nan")}, "eps must lie"),
+        ({"dtype": "bfloat16"}, "dtype must be one of .*'float32', 'float64'.*, got 'bfloat16'"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"interval": 0}, "interval must be at least 1, got 0"),
+        ({"smoothness": 0.0}, "smoothness must be positive, got 0.0"),
+        ({"smoothness": float("nan")}, "smoothness must be positive"),
+    ],
+)
+def test_wrong_settings_raise(settings, match):
+    with pytest.raises(ValueError, match=match):
+        RefLora(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "rescales"),
+    [
+        ("reflora", None, False),
+        ("reflora", "precondition", False),
+        ("reflora_s", None, True),
+        ("reflora_s", "rescale", True),
+        ("reflora_s", "precondition", False),
+    ],
+)
+def test_form_by_method(method, form, rescales):
+    assert RefLora(method, form).rescales is rescales
+
+
+@pytest.mark.parametrize(
+    ("warmup", "interval", "due"), [(0, 1, range(8)), (3, 1, range(3, 8)), (0, 3, [0, 3, 6]), (2, 3, [2, 5])]
+)
+def test_steps_that_are_due(warmup, interval, due):
+    reflora = RefLora(warmup_steps=warmup, interval=interval)
+    assert [step for step in range(8) if reflora.due(step)] == list(due)
+
+
+STATEFUL = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "Adam amsgrad": (torch.optim.Adam, {"amsgrad": True, "eps": 1e-30}),
+    "AdamW": (torch.optim.AdamW, {"eps": 1e-30}),
+    "NAdam": (torch.optim.NAdam, {"eps": 1e-30}),
+    "RAdam": (torch.optim.RAdam, {"eps": 1e-30}),
+    "Adagrad": (torch.optim.Adagrad, {"eps": 1e-30}),
+    "RMSprop": (torch.optim.RMSprop, {"eps": 1e-30}),
+    "RMSprop centered momentum": (torch.optim.RMSprop, {"eps": 1e-30, "centered": True, "momentum": 0.9}),
+    "Muon": (torch.optim.Muon, {"eps": 1e-30}),
+}
+
+
+@pytest.mark.parametrize("optimizer", STATEFUL)
+def test_moments_scale_with_gradients_by_their_degree(optimizer):
+    """Gradients of twice the size: state of degree k grows by 2ᵏ, which is what rescaling relies on."""
+    optimizer_cls, kwargs = STATEFUL[optimizer]
+    torch.manual_seed(0)
+    grads, start, states = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64), []
+    for scale in (1, 2):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = optimizer_cls([parameter], lr=1e-3, **kwargs)
+        for grad in grads:
+            parameter.grad = scale * grad
+            optimizer.step()
+        states.append({k: v for k, v in optimizer.state[parameter].items() if torch.is_tensor(v) and v.numel() > 1})
+    assert states[0].keys() <= MOMENT_DEGREES.keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(
+            states[1][name], value * 2 ** MOMENT_DEGREES[name], msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    "optimizer_cls", [torch.optim.Adadelta, torch.optim.Adamax, torch.optim.Rprop, torch.optim.ASGD]
+)
+def test_unknown_moments_are_refused_by_name(optimizer_cls):
+    model = tiny.lora(tiny.mlp())
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    tiny.mlp_loss(model, 0).backward()
+    optimizer.step()
+    before = tiny.trainable(model)
+    with pytest.raises(
+        ValueError, match=rf"{optimizer_cls.__name__} keeps '\w+', which .* Use AdamW or SGD, or form="
+    ):
+        RefLora("reflora_s").after_optimizer(require_pairs(model), optimizer)
+    tiny.assert_same(tiny.trainable(model), before)  # refused before anything is written
+    RefLora("reflora_s", form="precondition").before_optimizer(require_pairs(model), optimizer)
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Muon])
+def test_optimizers_with_an_optional_closure_pass(optimizer_cls):
+    check_optimizer(optimizer_cls)
+
+
+def test_optimizers_that_need_a_closure_are_refused():
+    with pytest.raises(ValueError, match=r"LBFGS\.step needs a closure .* such as AdamW or SGD"):
+        check_optimizer(torch.optim.LBFGS)
+
+
+def test_scalar_eps_one_is_reflora_s():
+    """The two methods meet at ε = 1, through the whole step."""
+    grads = []
+    for reflora in (RefLora(eps=1.0), RefLora("reflora_s", form="precondition")):
+        model = tiny.lora(tiny.mlp())
+        tiny.mlp_loss(model, 0).backward()
+        reflora.before_optimizer(require_pairs(model), torch.optim.SGD(model.parameters()))
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    tiny.assert_same(*grads, rtol=1e-9, atol=1e-12)
+
+
+def test_dtype_float64_is_used_for_float32_factors():
+    """In float64 the result is the exact one rounded once; in float32 it is not."""
+    errors = {}
+    for dtype in ("float32", "float64"):
+        model = tiny.lora(tiny.mlp(dtype=torch.float32))
+        tiny.mlp_loss(model, 0).backward()
+        [A, B, _], *_ = tiny.linear_pairs(model)
+        exact = torch.linalg.solve(tiny.hand_S(A, B, "reflora", eps=1e-5), A.grad.double())
+        RefLora(eps=1e-5, dtype=dtype).before_optimizer(require_pairs(model), torch.optim.SGD(model.parameters()))
+        errors[dtype] = ((A.grad - exact).norm() / exact.norm()).item()
+    assert errors["float64"] < 5e-8 < errors["float32"] < 1e-4
+
+
+def test_imports_go_one_way():
+    allowed = {
+        "refactor": set(),
+        "pairs": set(),
+        "step": {"refactor", "pairs"},
+        "optimizer": {"pairs", "step"},
+        "callbacks": {"optimizer", "pairs", "step"},
+        "arguments": {"callbacks"},
+        "trainer": {"callbacks"},
+    }
+    found, foreign = {}, {}
+    for path in Path(hf_reflora.__file__).parent.glob("*.py"):
+        imports = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        inner = [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
+        found[path.stem] = {
+            m for node in inner for m in ([node.module] if node.module else [a.name for a in node.names])
+        }
+        outer = [node.module for node in imports if isinstance(node, ast.ImportFrom) and not node.level]
+        outer += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+        foreign[path.stem] = {name.split(".")[0] for name in outer}
+    for name, targets in allowed.items():
+        assert found[name] <= targets, name
+    assert not any("hf_reflora" in names for names in foreign.values())
+    assert foreign["refactor"] <= {"torch"} | sys.stdlib_module_names
+    assert "peft" not in foreign["step"] | foreign["optimizer"]
