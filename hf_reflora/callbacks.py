@@ -72,11 +72,11 @@ class RefLoraCallback(TrainerCallback):
         self._layers = lora_layers(model)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self.reflora.due(state.global_step):
+        if not self.reflora.rescales and self.reflora.due(state.global_step):
             self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), optimizer)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self.reflora.due(state.global_step):
+        if self.reflora.rescales and self.reflora.due(state.global_step):
             self.reflora.after_optimizer(trainable_pairs(self._layers), optimizer)
 
     def metrics(self) -> dict[str, float]:

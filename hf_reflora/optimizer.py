@@ -78,12 +78,12 @@ def create_reflora_optimizer(
                 "An optimizer of create_reflora_optimizer takes no closure: it would compute the gradients anew after "
                 "they were preconditioned. Call loss.backward() first and then optimizer.step()."
             )
-        if reflora.due(optimizer.param_groups[0][STEP_KEY]):
+        if not reflora.rescales and reflora.due(optimizer.param_groups[0][STEP_KEY]):
             reflora.before_optimizer(trainable_pairs(layers), optimizer)
 
     def after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         group = optimizer.param_groups[0]
-        if reflora.due(group[STEP_KEY]):
+        if reflora.rescales and reflora.due(group[STEP_KEY]):
             reflora.after_optimizer(trainable_pairs(layers), optimizer)
         group[STEP_KEY] += 1
 

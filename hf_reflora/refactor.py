@@ -24,7 +24,7 @@ written back is cast once, at the end, to the dtype of the tensor it is written 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -231,9 +231,10 @@ def precondition_(
     for indices in _one_rank(As):
         inverse_step = None
         if inverse_steps is not None:
+            first = As[indices[0]]
             inverse_step = torch.tensor(
-                [inverse_steps[i] for i in indices], dtype=torch.float64, device=As[indices[0]].device
-            ).to(compute_dtype(As[indices[0]], minimum=dtype))
+                [inverse_steps[i] for i in indices], dtype=compute_dtype(first, minimum=dtype), device=first.device
+            )
         _, _, R = refactor_pairs(
             [As[i] for i in indices], [Bs[i] for i in indices], eps=eps, dtype=dtype, inverse_step=inverse_step
         )
@@ -298,13 +299,16 @@ def rescale_(
 
 
 def _scalars(As: Sequence[Tensor], Bs: Sequence[Tensor], inverse_steps: Sequence[float] | None) -> list[Tensor]:
-    """s of every pair, each at least float32 and on its pair's device."""
-    scalars = []
-    for i, (A, B) in enumerate(zip(As, Bs, strict=True)):
-        dtype = compute_dtype(A, B)
-        norm_A, norm_B = (torch.linalg.vector_norm(M, dtype=dtype) for M in (A, B))
-        step = None if inverse_steps is None else torch.full_like(norm_A, inverse_steps[i])
-        scalars.append(balance_scalar(norm_A, norm_B, inverse_step=step))
+    """s of every pair, at least float32 and on its pair's device."""
+    scalars: list[Tensor] = [None] * len(As)
+    for indices in _grouped([A.device for A in As]):
+        dtype = compute_dtype(*(M[i] for M in (As, Bs) for i in indices))
+        norm_A, norm_B = (
+            torch.stack([torch.linalg.vector_norm(M[i], dtype=dtype) for i in indices]) for M in (As, Bs)
+        )
+        steps = None if inverse_steps is None else norm_A.new_tensor([inverse_steps[i] for i in indices])
+        for i, s in zip(indices, balance_scalar(norm_A, norm_B, inverse_step=steps).unbind(0), strict=True):
+            scalars[i] = s
     return scalars
 
 
@@ -349,18 +353,19 @@ def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the tensors, grouped by shape, dtype and device."""
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        groups[(tensor.shape, tensor.dtype, tensor.device)].append(i)
-    return list(groups.values())
+    """Indices of the tensors that can be stacked, group by group."""
+    return _grouped([(t.shape, t.dtype, t.device) for t in tensors])
 
 
 def _one_rank(As: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the pairs, grouped by rank and device: one batch each."""
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for i, A in enumerate(As):
-        groups[(A.shape[0], A.device)].append(i)
+    """Indices of the pairs of one rank on one device, group by group: one batch each."""
+    return _grouped([(A.shape[0], A.device) for A in As])
+
+
+def _grouped(keys: Sequence[Hashable]) -> list[list[int]]:
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
     return list(groups.values())
 
 

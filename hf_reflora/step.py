@@ -81,6 +81,7 @@ class RefLora:
 
     @property
     def rescales(self) -> bool:
+        """Whether `after_optimizer` does the work; `before_optimizer` does otherwise."""
         return self.method == "reflora_s" and self.form != "precondition"
 
     def due(self, step: int) -> bool:
@@ -89,8 +90,6 @@ class RefLora:
 
     def before_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
         """Preconditions the gradients. Returns their norm after it (a tensor, not synchronized), None if none was."""
-        if self.rescales:
-            return None
         pairs = [p for p in pairs if p.A.grad is not None or p.B.grad is not None]
         if not pairs:
             return None
@@ -111,8 +110,6 @@ class RefLora:
 
     def after_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
         """Rescales the factors and the optimizer's moments (RefLoRA-S as a true refactoring)."""
-        if not self.rescales or not pairs:
-            return
         As, Bs = _blocks(pairs)
         moments_A, moments_B = [], []
         for pair in pairs:

@@ -222,21 +222,15 @@ def test_grad_scaler_skips_an_overflow_and_unscales_a_step(method, form, fused):
     model = tiny.lora(tiny.mlp(dtype=torch.float32))
     optimizer = create_reflora_optimizer(model, AdamW, lr=0.01, method=method, form=form, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
-    start = tiny.trainable(model)
+    x = tiny.batch(0, torch.float32)[0]
+    before = model(x)
 
-    (tiny.mlp_loss(model, 0) * 3e38).backward()
-    scaler.scale(torch.zeros(())).item()  # the scale exists now
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad.fill_(float("inf"))
+    scaler.scale(tiny.mlp_loss(model, 0) * 1e38).backward()
+    assert not all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**9
-    products = [
-        (B @ A, B0 @ A0) for (A, B, _), (A0, B0, _) in zip(tiny.linear_pairs(model), hand_pairs(start), strict=True)
-    ]
-    for now, then in products:
-        torch.testing.assert_close(now, then)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
 
     def scaled_step():
         optimizer.zero_grad()
@@ -249,12 +243,6 @@ def test_grad_scaler_skips_an_overflow_and_unscales_a_step(method, form, fused):
     scaled_step()
     run(twin, create_reflora_optimizer(twin, AdamW, lr=0.01, method=method, form=form), 1)
     tiny.assert_same(tiny.trainable(model), tiny.trainable(twin), rtol=1e-4, atol=1e-6)
-
-
-def hand_pairs(values: dict[str, torch.Tensor]):
-    return [
-        (value, values[name.replace("lora_A", "lora_B")], None) for name, value in values.items() if "lora_A" in name
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

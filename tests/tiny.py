@@ -78,6 +78,26 @@ def chat_dataset(n: int = 8) -> Dataset:
     return Dataset.from_dict({"messages": talk})
 
 
+def arguments(output_dir, **changes) -> dict:
+    """Keyword arguments of TrainingArguments or SFTConfig: 4 steps on the CPU, data in order, nothing reported."""
+    return {
+        "output_dir": str(output_dir),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + seed)
     return tuple(torch.randn(5, width, generator=generator, dtype=torch.float64).to(dtype) for width in (6, 3))

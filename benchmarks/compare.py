@@ -1,0 +1,85 @@
+"""A table and a plot of several run records of one recipe, side by side.
+
+    python benchmarks/compare.py runs/smollm2-135m-*/run_record.json [--plot comparison.png]
+
+Prints Markdown. Means and standard deviations where a method has several records (seeds).
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+# What makes runs comparable; anything else that differs is the method's.
+SAME = ("model", "dataset", "train_rows", "trainable_parameters", "processes")
+
+
+def load(paths: list[Path]) -> dict[str, list[dict]]:
+    """Records by method, checked to be of one recipe."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for name in SAME:
+        found = {json.dumps(record[name]) for record in records}
+        if len(found) > 1:
+            raise SystemExit(f"These runs cannot be compared: {name} is {' and '.join(sorted(found))}.")
+    methods = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r["method"], r["seed"])):
+        methods[record["method"]].append(record)
+    return methods
+
+
+def shown(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def final_loss(record: dict) -> float:
+    """Mean training loss over the last tenth of the logged steps."""
+    losses = [float(entry["loss"]) for entry in record["log"] if "loss" in entry]
+    return statistics.mean(losses[-max(1, len(losses) // 10) :])
+
+
+def table(methods: dict[str, list[dict]]) -> str:
+    first = next(iter(methods.values()))[0]
+    names = list(first["scores"]["after"])
+    head = ["", "seeds", *(name.replace("_", " ") for name in names), "final training loss", "training time (s)"]
+    rows = [head, ["---"] * len(head)]
+    rows.append(["before", "", *(f"{first['scores']['before'][name]:.3f}" for name in names), "", ""])
+    for method, records in methods.items():
+        scores = [shown([record["scores"]["after"][name] for record in records]) for name in names]
+        seeds = ", ".join(str(record["seed"]) for record in records)
+        seconds = statistics.mean(record["seconds"]["train"] for record in records)
+        rows.append([method, seeds, *scores, shown([final_loss(r) for r in records]), f"{seconds:.0f}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(methods: dict[str, list[dict]], path: Path) -> None:
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    loss, gap = figure.subplots(1, 2)
+    for color, (method, records) in zip(("tab:gray", "tab:blue", "tab:orange"), methods.items(), strict=False):
+        for i, record in enumerate(records):
+            label = method if i == 0 else None
+            for axes, name in ((loss, "loss"), (gap, "reflora/balance_gap")):
+                points = [(entry["step"], float(entry[name])) for entry in record["log"] if name in entry]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=color, label=label, alpha=0.8, linewidth=1)
+    loss.set(xlabel="optimizer step", ylabel="training loss", yscale="log", title="Training loss")
+    gap.set(xlabel="optimizer step", yscale="log", title="Balance gap ‖AAᵀ - BᵀB‖ / ‖BᵀB‖, mean over pairs")
+    for axes in (loss, gap):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="+", help="run_record.json of each run")
+    parser.add_argument("--plot", type=Path, help="write the loss curves to this PNG")
+    arguments = parser.parse_args()
+    methods = load(arguments.records)
+    print(table(methods))
+    if arguments.plot:
+        plot(methods, arguments.plot)

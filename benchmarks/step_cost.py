@@ -1,0 +1,97 @@
+"""What RefLoRA adds to an optimizer step, against AdamW alone and PEFT's Riemannian optimizer, in one run.
+
+    python benchmarks/step_cost.py [--rank 8] [--device cpu]
+
+The adapters have the shapes of SmolLM2-135M, all linear layers; the gradients are random. Prints a Markdown table of
+medians, and of ratios to AdamW, which carry over to other machines better than times do.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_riemannian_optimizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_reflora import create_reflora_optimizer
+from hf_reflora.record import environment
+
+
+def adapters(rank: int, device: str) -> torch.nn.Module:
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=64,
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(
+        LlamaForCausalLM(config).to(device), LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+    return model
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def measure(rank: int, device: str, seconds: float) -> dict[str, float]:
+    """Median seconds of a step, by optimizer."""
+    makers = {
+        "AdamW": lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4),
+        "Riemannian (PEFT)": lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4),
+        "RefLoRA": lambda model: create_reflora_optimizer(model, torch.optim.AdamW, lr=1e-4),
+        "RefLoRA float64": lambda model: create_reflora_optimizer(model, torch.optim.AdamW, lr=1e-4, dtype="float64"),
+        "RefLoRA-S rescale": lambda model: create_reflora_optimizer(
+            model, torch.optim.AdamW, lr=1e-4, method="reflora_s"
+        ),
+        "RefLoRA-S precondition": lambda model: create_reflora_optimizer(
+            model, torch.optim.AdamW, lr=1e-4, method="reflora_s", form="precondition"
+        ),
+    }
+    medians = {}
+    for name, make in makers.items():
+        model = adapters(rank, device)
+        optimizer = make(model)
+        gradients = [(p.grad, p.grad.clone()) for p in model.parameters() if p.requires_grad]
+        times = []
+        while sum(times) < seconds:
+            for gradient, original in gradients:  # preconditioning is in place: always start from the same numbers
+                gradient.copy_(original)
+            synchronize(device)
+            begin = time.perf_counter()
+            optimizer.step()
+            synchronize(device)
+            times.append(time.perf_counter() - begin)
+        medians[name] = statistics.median(times)
+    return medians
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=3.0, help="least measuring time for each optimizer")
+    parser.add_argument("--record", type=Path, help="write the figures and the environment to this JSON file")
+    arguments = parser.parse_args()
+    results = {rank: measure(rank, arguments.device, arguments.seconds) for rank in arguments.rank}
+    ranks = list(results)
+    print("| step of | " + " | ".join(f"r = {r}: ms | ratio to AdamW" for r in ranks) + " |")
+    print("| --- |" + " ---: |" * (2 * len(ranks)))
+    for name in results[ranks[0]]:
+        cells = [f"{results[r][name] * 1e3:.1f} | {results[r][name] / results[r]['AdamW']:.2f}" for r in ranks]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    if arguments.record:
+        facts = {"seconds": results, "device": arguments.device, "threads": torch.get_num_threads()}
+        facts["environment"] = environment(Path(__file__).parent)
+        arguments.record.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

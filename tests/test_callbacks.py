@@ -1,0 +1,235 @@
+"""RefLoraCallback in transformers.Trainer and trl.SFTTrainer, as they are, against loops written by hand."""
+
+import contextlib
+
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, VeraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from trl import SFTConfig, SFTTrainer
+
+from hf_reflora import RefLoraCallback, create_reflora_optimizer
+from hf_reflora.optimizer import STEP_KEY
+
+
+METHODS = {
+    "reflora": {"method": "reflora"},
+    "reflora_s": {"method": "reflora_s"},
+    "reflora_s precondition": {"method": "reflora_s", "form": "precondition"},
+}
+
+
+def make_trainer(tmp_path, callbacks, kind=Trainer, model=None, optimizers=(None, None), **changes):
+    config = TrainingArguments if kind is Trainer else SFTConfig
+    return kind(
+        model=tiny.lora(tiny.llama()) if model is None else model,
+        args=config(**tiny.arguments(tmp_path, **changes)),
+        train_dataset=tiny.token_dataset(32, labels=kind is Trainer),
+        processing_class=tiny.tokenizer(),
+        callbacks=callbacks,
+        optimizers=optimizers,
+    )
+
+
+def run_by_hand(settings, steps=4, accumulation=1, clip=1.0, autocast=False, train_calls=1):
+    """Accumulation, clipping, step and schedule as the Trainer does them, around create_reflora_optimizer."""
+    model = tiny.lora(tiny.llama()).train()
+    optimizer = create_reflora_optimizer(model, torch.optim.AdamW, lr=0.01, weight_decay=0.1, **settings)
+    tokens = torch.tensor(tiny.token_dataset(32)["input_ids"]).split(2)
+    for _ in range(train_calls):
+        optimizer.param_groups[0][STEP_KEY] = 0
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = 0.01
+        schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+        for step in range(steps):
+            for ids in tokens[step * accumulation : (step + 1) * accumulation]:
+                context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+                with context:
+                    loss = model(ids, labels=ids, num_items_in_batch=torch.tensor(2 * 11 * accumulation)).loss
+                loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return tiny.trainable(model)
+
+
+CASES = {
+    "plain": ({}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 3}, {"accumulation": 3}),
+    "clipping": ({"max_grad_norm": 0.05, "gradient_accumulation_steps": 2}, {"clip": 0.05, "accumulation": 2}),
+    "no clipping": ({"max_grad_norm": 0.0}, {"clip": None}),
+    "checkpointing": ({"gradient_checkpointing": True}, {}),
+    "bf16": ({"bf16": True}, {"autocast": True}),
+    "compile": ({"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}, {"steps": 2}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES)
+def test_trainer_takes_the_steps_of_create_reflora_optimizer(tmp_path, case, method):
+    if case == "compile" and method != "reflora":
+        pytest.skip("compiling takes seconds and does not depend on the method")
+    changes, hand = CASES[case]
+    trainer = make_trainer(tmp_path, [RefLoraCallback(**METHODS[method])], **changes)
+    trainer.train()
+    tiny.assert_same(tiny.trainable(trainer.model), run_by_hand(METHODS[method], **hand), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clipping_comes_before_preconditioning(tmp_path, method):
+    """The Trainer's clipped gradient, preconditioned, is not the preconditioned gradient, clipped."""
+    clipped = run_by_hand(METHODS[method], clip=0.05)
+    free = run_by_hand(METHODS[method], clip=None)
+    assert not all(torch.allclose(value, free[name], rtol=1e-4, atol=2e-6) for name, value in clipped.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "settings",
+    [{"warmup_steps": 2}, {"interval": 3}, {"smoothness": 300.0}, {"eps": 0.5, "dtype": "float64"}],
+    ids=str,
+)
+def test_settings_reach_the_step(tmp_path, method, settings):
+    settings = {**METHODS[method], **settings}
+    trainer = make_trainer(tmp_path, [RefLoraCallback(**settings)])
+    trainer.train()
+    result = tiny.trainable(trainer.model)
+    tiny.assert_same(result, run_by_hand(settings), rtol=1e-4, atol=2e-6)
+    plain = run_by_hand(METHODS[method])
+    if method == "reflora" or "eps" not in settings:
+        assert not all(torch.allclose(value, plain[name], rtol=1e-4, atol=2e-6) for name, value in result.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sft_trainer_takes_the_same_steps(tmp_path, method, accumulation):
+    """SFTTrainer computes its loss with a fused LM head, so equal to rounding."""
+    callback = RefLoraCallback(**METHODS[method])
+    changes = {"gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
+    trainer = make_trainer(tmp_path, [callback], SFTTrainer, **changes)
+    trainer.train()
+    expected = run_by_hand(METHODS[method], accumulation=accumulation)
+    tiny.assert_same(tiny.trainable(trainer.model), expected, rtol=1e-3, atol=2e-5)
+    assert callback.metrics().keys() >= {"reflora/balance_gap", "reflora/norm_A"}
+
+
+def test_sft_trainer_wraps_the_model_itself(tmp_path):
+    """peft_config=LoraConfig() on a plain model, chat data: the callback finds the pairs that SFTTrainer made."""
+    trainer = SFTTrainer(
+        model=tiny.llama(),
+        args=SFTConfig(**tiny.arguments(tmp_path)),
+        train_dataset=tiny.chat_dataset(),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[RefLoraCallback("reflora_s")],
+    )
+    trainer.train()
+    factors = dict(trainer.model.named_parameters())
+    norms = [(p.norm(), factors[n.replace("lora_A", "lora_B")].norm()) for n, p in factors.items() if "lora_A" in n]
+    assert len(norms) == 14
+    for a, b in norms:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_with_create_reflora_optimizer_is_the_same(tmp_path, method):
+    model = tiny.lora(tiny.llama())
+    optimizer = create_reflora_optimizer(model, torch.optim.AdamW, lr=0.01, weight_decay=0.1, **METHODS[method])
+    trainer = make_trainer(tmp_path, [], model=model, optimizers=(optimizer, None))
+    trainer.train()
+    tiny.assert_same(tiny.trainable(model), run_by_hand(METHODS[method]), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_calls_of_train(tmp_path, method):
+    """The second call counts its steps anew, as the Trainer does, and refactors once a step."""
+    settings = {**METHODS[method], "warmup_steps": 1}
+    trainer = make_trainer(tmp_path, [RefLoraCallback(**settings)])
+    trainer.train()
+    trainer.train()
+    tiny.assert_same(tiny.trainable(trainer.model), run_by_hand(settings, train_calls=2), rtol=1e-4, atol=5e-6)
+
+
+def test_callback_and_optimizer_together_are_refused(tmp_path):
+    model = tiny.lora(tiny.llama())
+    optimizer = create_reflora_optimizer(model, torch.optim.AdamW, lr=0.01)
+    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=model, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=r"create_reflora_optimizer .* second time"):
+        trainer.train()
+
+
+def test_closure_optimizers_are_refused(tmp_path):
+    model = tiny.lora(tiny.llama())
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])
+    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=model, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=r"LBFGS\.step needs a closure"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (tiny.llama, "LlamaForCausalLM has no adapter"),
+        (
+            lambda: get_peft_model(tiny.llama(), VeraConfig(r=2, target_modules=["q_proj"])),
+            "pass a LoraConfig instead",
+        ),
+    ],
+)
+def test_models_without_pairs_are_refused_when_training_starts(tmp_path, make, match):
+    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=make())
+    with pytest.raises(ValueError, match=match):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "match"),
+    [
+        (DistributedType.DEEPSPEED, "DEEPSPEED yet: DeepSpeed takes the optimizer's step inside the backward pass"),
+        (DistributedType.FSDP, "FSDP yet: FSDP keeps the LoRA factors in flat or sharded.*Train with DDP"),
+        (DistributedType.MEGATRON_LM, "MEGATRON_LM yet: Megatron-LM takes"),
+    ],
+)
+def test_backends_without_whole_gradients_are_refused(tmp_path, monkeypatch, backend, match):
+    """The backend is written into accelerate's real state object, not run: accelerate chooses FSDP on accelerators only,
+    and DeepSpeed is not among the test's packages."""
+    trainer = make_trainer(tmp_path, [RefLoraCallback()])
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RefLoraCallback))
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", backend)
+    assert trainer.accelerator.distributed_type == backend
+    with pytest.raises(ValueError, match=match):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_two_callbacks_in_one_trainer_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, [RefLoraCallback(), RefLoraCallback("reflora_s")])
+    with pytest.raises(ValueError, match="second time|one such callback|two"):
+        trainer.train()
+
+
+def test_wrong_settings_raise_at_construction():
+    with pytest.raises(ValueError, match="method must be one of"):
+        RefLoraCallback("lora")
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0"):
+        RefLoraCallback(warmup_steps=-1)
+
+
+def test_metrics_before_training_are_empty():
+    assert RefLoraCallback().metrics() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_fp16_with_a_scaler_on_a_gpu(tmp_path, method):
+    """The first steps overflow (scale 2¹⁶) or not: weights stay finite and the loss falls."""
+    trainer = make_trainer(tmp_path, [RefLoraCallback(**METHODS[method])], use_cpu=False, fp16=True, max_steps=8)
+    trainer.train()
+    assert all(value.isfinite().all() for value in tiny.trainable(trainer.model).values())
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
