@@ -2,6 +2,7 @@
 a preconditioning does to their gradients and to nothing else."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -131,6 +132,21 @@ def test_blocks_are_views_and_cover_the_tensor(kind):
             number = torch.arange(1.0, pair.blocks + 1, dtype=torch.float64)[:, None, None]
             written = by_hand(layer, parameter.grad, side)
             assert torch.equal(written, number.expand_as(written))
+
+
+def test_whatever_the_order_of_memory_nothing_is_copied():
+    """A gradient that no view can show as a matrix must raise: writing to a copy would do nothing, silently."""
+    pair = LoraPair("", nn.Parameter(torch.zeros(4, 3, 2, 5)), nn.Parameter(torch.zeros(6, 4, 1, 1)), 1.0)
+    for order in itertools.permutations(range(4)):
+        memory = torch.zeros([(4, 3, 2, 5)[dim] for dim in order])
+        grad = memory.permute([order.index(dim) for dim in range(4)])
+        try:
+            [view] = pair.split_A(grad)
+        except RuntimeError:
+            assert order[0] != 0
+            continue
+        view.fill_(1)
+        assert memory.all(), order
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -261,16 +261,18 @@ def test_rank_1_and_eps_1_are_reflora_s(r, eps, dtype, tolerance, inverse_step):
 # Properties of S
 
 
-@pytest.mark.parametrize("cond", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("cond", [1.0, 10.0, 100.0, 1e4])
 @pytest.mark.parametrize("r", [1, 2, 5, 16, 64])
 def test_S_balances_is_symmetric_positive_definite_and_has_its_inverse(r, cond):
     (A,), (B,), _, _ = make([(r, 80, 70)], cond=cond)
     S, S_inv, _ = S_of(A, B)
-    P, Q = A @ A.mT, B.mT @ B
-    bound = 10 * r * 2**-53 * sensitivity(A, B, 1e-12)
-    assert relative(S @ P @ S, Q) < bound
+    (P, Q), s = ref.grams(numpy(A), numpy(B)), ref.scalar(numpy(A), numpy(B))
+    bound = 20 * r * 2**-53 * sensitivity(A, B, 1e-12)
+    assert relative(numpy(S / s) @ ref.shrunk(P, 1e-12) @ numpy(S / s), ref.shrunk(Q, 1e-12)) < bound
     assert relative(S, S.mT) < bound
     assert relative(S @ S_inv, torch.eye(r, dtype=F64)) < bound
+    if cond < 1e3:
+        assert relative(numpy(S) @ P @ numpy(S), Q) < 1e-7  # what shrinkage leaves
     assert torch.linalg.eigvalsh((S + S.mT) / 2)[0] > 0
 
 
@@ -557,6 +559,17 @@ def test_polar_factor_is_orthogonal_and_that_of_the_svd(r, dtype, lower, toleran
     assert torch.linalg.matrix_norm(W - U @ V, 2).max() < tolerance
 
 
+@pytest.mark.parametrize(("dtype", "lower"), [(F32, 1.25e-6), (F32, 2.3e-7), (F64, 1.25e-13)])
+def test_polar_factor_is_as_accurate_as_X_allows(dtype, lower):
+    """However small `lower`: a quintic that presses large singular values down towards it loses their digits."""
+    rng, r, n = np.random.default_rng(0), 8, 200
+    U, V = (torch.linalg.qr(torch.tensor(rng.normal(size=(n, r, r))))[0] for _ in range(2))
+    X = (U * torch.tensor(rng.uniform(0.1, 1, size=(n, 1, r))) @ V.mT).to(dtype)
+    U, _, Vh = torch.linalg.svd(X.double())
+    error = torch.linalg.matrix_norm(polar_factor(X, polar_coefficients(lower)) - U @ Vh, 2).max()
+    assert error < 500 * torch.finfo(dtype).eps  # X's condition is 10 at most
+
+
 # Any finite factors within 1e±15
 
 ENTRIES = st.just(0.0) | st.builds(
@@ -798,7 +811,7 @@ def rescale_with_moments(params, optimizer, moments=True):
 
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 def test_moments_move_with_the_factors(eps):
-    """AdamW's step after `rescale_` is the reference's; without its eps it moves each entry as it would have before."""
+    """AdamW's step after `rescale_` is the reference's; without eps it moves each entry as it would have before."""
     params, optimizer, grads = adamw_after_three_steps(eps)
     states = [optimizer.state[p] for p in params]
     old = [
@@ -813,7 +826,10 @@ def test_moments_move_with_the_factors(eps):
         p.grad = torch.tensor(now.grad)
         expected.append(ref.adamw_step(now, 4, eps=eps, **ADAMW))
         kept = 1 - ADAMW["lr"] * ADAMW["weight_decay"]
-        step, step_before = expected[-1] - kept * now.param, ref.adamw_step(before, 4, eps=eps, **ADAMW) - kept * before.param
+        step, step_before = (
+            expected[-1] - kept * now.param,
+            ref.adamw_step(before, 4, eps=eps, **ADAMW) - kept * before.param,
+        )
         assert np.allclose(step, step_before, rtol=1e-9) == (eps == 0)
     optimizer.step()
     for p, value in zip(params, expected, strict=True):

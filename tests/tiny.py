@@ -92,7 +92,7 @@ def arguments(output_dir, **changes) -> dict:
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "disable_tqdm": True,
         **changes,
     }
