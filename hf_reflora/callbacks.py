@@ -59,9 +59,8 @@ class RefLoraCallback(TrainerCallback):
         check_backend()
         require_pairs(model)
         if optimizer is not None:
-            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-            check_optimizer(type(inner))
-            if any(STEP_KEY in group for group in inner.param_groups):
+            check_optimizer(type(_inner(optimizer)))
+            if any(STEP_KEY in group for group in optimizer.param_groups):
                 raise ValueError(
                     "The optimizer comes from create_reflora_optimizer and RefLoraCallback would refactor a second "
                     "time. Use one of the two."
@@ -73,11 +72,11 @@ class RefLoraCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not self.reflora.rescales and self.reflora.due(state.global_step):
-            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), optimizer)
+            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), _inner(optimizer))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.reflora.rescales and self.reflora.due(state.global_step):
-            self.reflora.after_optimizer(trainable_pairs(self._layers), optimizer)
+            self.reflora.after_optimizer(trainable_pairs(self._layers), _inner(optimizer))
 
     def metrics(self) -> dict[str, float]:
         """What `RefLoraTrainer` logs; for other trainers, call it where you log.
@@ -95,6 +94,11 @@ class RefLoraCallback(TrainerCallback):
         if self._grad_norm is not None:
             values["grad_norm"] = self._grad_norm.item()
         return {f"reflora/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def check_backend() -> None:

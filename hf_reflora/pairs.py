@@ -7,6 +7,7 @@ pairs are looked up from the layers anew at each step.
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -51,28 +52,38 @@ class LoraPair:
 def _rows(tensor: Tensor) -> Tensor:
     """A view (rows, columns); a kernel's columns come in the order of its memory (channels_last, too)."""
     order = sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True)
-    return tensor.detach().permute(0, *order).flatten(1)
+    return tensor.detach().permute(0, *order).view(len(tensor), -1)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers of `model` by name. Holds modules only, so it stays right when Parameters are replaced."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer)  # AdaLoRA: B diag(E) A
+    }
 
 
 def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
     """The pairs of `layers` whose two factors are both trainable now, each pair of Parameters once.
 
     Raises:
-        ValueError: A trainable pair is of a LoRA variant whose update is not B @ A.
+        ValueError: A trainable pair is of a variant whose update is not B @ A, or shares one factor with another.
         NotImplementedError: A trainable factor is sharded (DTensor: FSDP2, tensor parallelism).
     """
-    pairs, seen = [], set()
+    pairs, seen, taken = [], set(), set()
     for name, layer in layers.items():
         for adapter in layer.r:
             A, B = _factors(layer, adapter)
             if not (A.requires_grad and B.requires_grad) or (id(A), id(B)) in seen:
                 continue
+            if not taken.isdisjoint((id(A), id(B))):
+                raise ValueError(
+                    f"RefLoRA would refactor a factor twice: {name} (adapter {adapter!r}) shares lora_A or lora_B, "
+                    "but not both, with another layer. Give each layer factors of its own, or train without RefLoRA."
+                )
             seen.add((id(A), id(B)))
+            taken.update((id(A), id(B)))
             variant = type(layer.lora_variant.get(adapter)).__name__
             if variant in UNSUPPORTED_VARIANTS:
                 raise ValueError(
@@ -114,9 +125,10 @@ def require_pairs(model: nn.Module) -> list[LoraPair]:
             "adapter with is_trainable=True or call set_adapter; methods that freeze a factor (LoRA-FA, MiCA) have "
             "nothing to refactor."
         )
-    kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer)})
+    # peft.tuners.vera.layer → vera
+    kinds = sorted({type(m).__module__.split(".")[2] for m in model.modules() if isinstance(m, BaseTunerLayer)})
     if kinds:
-        raise ValueError(f"{looked}. The model's adapter layers are {', '.join(kinds)}; pass a LoraConfig instead.")
+        raise ValueError(f"{looked}. The model's adapters are of the kind {', '.join(kinds)}; pass a LoraConfig.")
     raise ValueError(
         f"{looked}. {type(model).__name__} has no adapter; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
         "or pass peft_config=LoraConfig(...) to the trainer."

@@ -90,7 +90,7 @@ class RefLora:
 
     def before_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
         """Preconditions the gradients. Returns their norm after it (a tensor, not synchronized), None if none was."""
-        pairs = [p for p in pairs if p.A.grad is not None or p.B.grad is not None]
+        pairs = [p for p in _held(pairs, optimizer) if p.A.grad is not None or p.B.grad is not None]
         if not pairs:
             return None
         As, Bs = _blocks(pairs)
@@ -109,7 +109,17 @@ class RefLora:
         return torch.nn.utils.get_total_norm([g for p in pairs for g in (p.A.grad, p.B.grad) if g is not None])
 
     def after_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
-        """Rescales the factors and the optimizer's moments (RefLoRA-S as a true refactoring)."""
+        """Rescales the factors and the optimizer's moments (RefLoRA-S as a true refactoring).
+
+        Raises:
+            ValueError: Pairs share memory (PEFT's `ensure_weight_tying`), or the optimizer keeps unknown state.
+        """
+        pairs = _held(pairs, optimizer)
+        if len({factor.data_ptr() for pair in pairs for factor in (pair.A, pair.B)}) < 2 * len(pairs):
+            raise ValueError(
+                "RefLoRA-S as rescaling would scale memory twice that LoRA pairs share (ensure_weight_tying). Use "
+                "form='precondition'."
+            )
         As, Bs = _blocks(pairs)
         moments_A, moments_B = [], []
         for pair in pairs:
@@ -143,6 +153,12 @@ def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
         )
 
 
+def _held(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:
+    """The pairs that `optimizer` updates: another adapter's may be trainable, too."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [pair for pair in pairs if id(pair.A) in held and id(pair.B) in held]
+
+
 def _blocks(pairs: Sequence[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
     """A and B of every block of every pair."""
     return [A for p in pairs for A in p.split_A(p.A)], [B for p in pairs for B in p.split_B(p.B)]
@@ -152,6 +168,8 @@ def _moments(optimizer: Optimizer, parameter: Tensor, split, blocks: int) -> lis
     """The moments (tensor, degree) that `optimizer` keeps for each block of `parameter`."""
     moments = [[] for _ in range(blocks)]
     for name, value in optimizer.state.get(parameter, {}).items():
+        if name == "momentum_buffer" and isinstance(optimizer, torch.optim.RMSprop):
+            continue  # made of normalized steps, which do not change with the factors' size
         if name not in MOMENT_DEGREES:
             if torch.is_tensor(value) and value.numel() > 1:
                 raise ValueError(

@@ -14,7 +14,7 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Prints the scores before and after and the examples."""
     console = console or Console()
     scores = record["scores"]
-    table = Table(title=f"{record['method']}: {scores['rows']} held-out rows, before and after")
+    table = Table(title=f"{record['method']}, {scores['rows']} held-out rows")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
     for name, before in scores["before"].items():

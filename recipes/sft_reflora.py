@@ -114,8 +114,9 @@ def changed(arguments: Any) -> dict[str, Any]:
     for f in dataclasses.fields(arguments):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         value = getattr(arguments, f.name)
-        if f.init and value != default and "token" not in f.name:
-            values[f.name] = value if isinstance(value, int | float | str | list | dict) else str(value)
+        plain = isinstance(value, int | float | str | list | dict)
+        if f.init and plain and value != default and "hub_token" not in f.name:
+            values[f.name] = value
     return values
 
 

@@ -40,6 +40,13 @@ def run(*arguments, **environment):
     return done.stdout
 
 
+def launch(processes):
+    """accelerate launch with that many processes; several CPU processes are DDP over gloo (--cpu would start one)."""
+    options = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []
+    options += ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [Path(sys.executable).parent / "accelerate", "launch", *options]
+
+
 def without_bf16(path, tmp_path):
     """A copy of a recipe for a machine without a GPU, where SFTConfig refuses `bf16: true`."""
     copy = tmp_path / path.name
@@ -129,7 +136,7 @@ def tiny_model(tmp_path_factory):
 def tiny_arguments(tiny_model, output_dir, method):
     return [
         *("--config", f"recipes/smollm2-135m/{method}.yaml"),
-        *("--model_name_or_path", tiny_model, "--output_dir", output_dir, "--dtype", "float32"),
+        *("--model_name_or_path", tiny_model, "--output_dir", output_dir, "--dtype", "float32", "--use_cpu", "true"),
         *("--dataset_train_split", "train[:24]", "--dataset_test_split", "test[:6]"),
         *("--score_max_new_tokens", "4", "--logging_steps", "1", "--max_length", "1024"),
     ]
@@ -138,10 +145,7 @@ def tiny_arguments(tiny_model, output_dir, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_script_end_to_end(tiny_model, tmp_path, processes):
-    launch = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", processes]
-    if processes > 1:
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    output = run(*launch, "recipes/sft_reflora.py", *tiny_arguments(tiny_model, tmp_path, "reflora"))
+    output = run(*launch(processes), "recipes/sft_reflora.py", *tiny_arguments(tiny_model, tmp_path, "reflora"))
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
     assert record["method"] == "reflora"
     assert record["processes"] == processes
@@ -152,7 +156,8 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert record["environment"]["versions"]["peft"]
     losses = [entry for entry in record["log"] if "loss" in entry]
     assert len(losses) == 24 // (4 * processes)
-    assert all("reflora/balance_residual" in entry for entry in losses)
+    assert all("reflora/norm_A" in entry for entry in losses)
+    assert "reflora/balance_residual" in losses[-1]  # not in the first: warm-up starts at 0, so B is still 0
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert "before" in output
@@ -180,9 +185,8 @@ def test_scores_do_not_depend_on_the_number_of_processes(tiny_model, tmp_path):
         "    open(sys.argv[1], 'w').write(json.dumps(found))\n",
         encoding="utf-8",
     )
-    accelerate = Path(sys.executable).parent / "accelerate"
-    run(sys.executable, script, tmp_path / "1.json")
-    run(accelerate, "launch", "--cpu", "--num_processes", 2, script, tmp_path / "2.json")
+    for processes in (1, 2):
+        run(*launch(processes), script, tmp_path / f"{processes}.json")
     alone, together = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
     assert alone == together
     assert len(alone) == 5

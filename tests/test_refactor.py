@@ -220,6 +220,21 @@ def test_strided_gradients_touch_nothing_around_them(method):
         assert (frame == 7).all()
 
 
+@pytest.mark.parametrize("wide", ["option", "A", "B"])
+def test_float64_by_option_or_by_one_factor_is_float64_to_the_end(wide):
+    """float32 gradients and condition 100: exact to the final cast, where float32 Gram matrices are not."""
+    As, Bs, grads_A, grads_B = make([(4, 20, 15)], cond=100.0, dtype=F32)
+    S = ref.refactoring(numpy(As[0]), numpy(Bs[0]), 1e-12)
+    expected = ref.preconditioned(S, numpy(grads_A[0]), numpy(grads_B[0]))
+    plain = preconditioned(As, Bs, grads_A, grads_B)
+    if wide != "option":
+        (As if wide == "A" else Bs)[0] = (As if wide == "A" else Bs)[0].double()
+    results = preconditioned(As, Bs, grads_A, grads_B, dtype=F64 if wide == "option" else F32)
+    for result, coarse, value in zip(results, plain, expected, strict=True):
+        assert result.dtype == F32
+        assert relative(result, value) < 1e-7 < relative(coarse, value)
+
+
 # Reductions to what is known
 
 
@@ -476,6 +491,45 @@ def test_extreme_factors_stay_finite_and_are_flagged(kind, shape):
     results = preconditioned([A], [B], grads[:1], grads[1:], method=precondition_scalar_)
     assert all(M.isfinite().all() for M in results)
     assert identical(results, grads) == without_gram
+
+
+@pytest.mark.parametrize(("r", "eps"), [(1, 1e-5), (32, 1e-5), (64, 2**-16), (256, 2**-14)])
+def test_default_eps_grows_with_the_rank_in_float32_alone(r, eps):
+    assert default_eps(r, F32) == eps
+    assert default_eps(r, F64) == 1e-12
+
+
+@pytest.mark.parametrize("side", ["P", "Q"])
+def test_a_gram_matrix_without_cholesky_factor_is_a_fallback(side):
+    """S = s I there, whatever the factorisation leaves behind; the pair beside it has its S."""
+    good, indefinite, eye = (
+        torch.tensor([[4.0, 1.0], [1.0, 4.0]]),
+        torch.tensor([[1.0, 2.0], [2.0, 1.0]]),
+        torch.eye(2),
+    )
+    G = {"P": torch.stack([good, good]), "Q": torch.stack([good, good])}
+    G[side][0] = indefinite
+    R = refactoring(**G, eps=1e-5, coefficients=polar_coefficients(1e-5 / 2))
+    assert R.fallback.tolist() == [True, False]
+    s = 2.0 if side == "P" else 0.5  # √(tr Q / tr P)
+    torch.testing.assert_close(R.S, torch.stack([s * eye, eye]))
+    torch.testing.assert_close(R.S_inv, torch.stack([eye / s, eye]))
+
+
+def test_an_S_that_is_not_finite_is_a_fallback():
+    """Here by absurd coefficients."""
+    G = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])
+    R = refactoring(G, G, eps=1e-5, coefficients=((1e30, 0.0, 0.0),) * 3)
+    assert R.fallback.item()
+    assert torch.equal(R.S[0], torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("norm_A", "norm_B", "s"),
+    [(2.0, 1.0, 0.5), (1e18, 1e-18, 1e-36), (1e20, 1e-20, 1.0), (1e-20, 1e20, 1.0), (math.inf, math.inf, 1.0)],
+)
+def test_balance_scalar_is_1_where_it_or_its_inverse_overflows(norm_A, norm_B, s):
+    assert balance_scalar(torch.tensor([norm_A]), torch.tensor([norm_B])).item() == pytest.approx(s)
 
 
 @pytest.mark.parametrize("kind", ["A_0", "B_0", "both_0", "A_nan", "B_inf"])

@@ -78,7 +78,7 @@ def state_of(optimizer, parameter) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_rescaling_moves_moments_as_the_gradient_enters_them(name):
-    """The degree k of each state is measured on the optimizer: gradients of twice the size make it 2ᵏ times as large."""
+    """Degree k of each state, measured on the optimizer: gradients of twice the size make it 2ᵏ times as large."""
     optimizer_cls, kwargs = STATEFUL[name]
     torch.manual_seed(0)
     grads, start, states = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64), []
