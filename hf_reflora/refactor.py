@@ -71,21 +71,33 @@ def polar_coefficients(lower: float) -> tuple[Quintic, ...]:
     while high - low > 2e-2:
         # Rounding can lift a singular value above `high`, where a quintic grows fast: fit with a margin.
         top = high * (1 + 2e-3)
-        quintic, error = _minimax_quintic(low, top)
-        low, high = 1 - error, 1 + error
-        steps.append(quintic)
+        # The best quintic for a tiny `low` presses singular values near 1 down to `low` too and loses their digits:
+        # fit above 1/40 of the interval, where it stays large, and see where that takes `low`.
+        floor = max(low, 0.025 * top)
+        (a, b, c), error = _minimax_quintic(floor, top)
+        least = 1 - error if floor == low else a * low + b * low**3 + c * low**5
+        scale = 2 / (least + 1 + error)
+        low, high = scale * least, scale * (1 + error)
+        steps.append((scale * a, scale * b, scale * c))
     return (*steps, (15 / 8, -10 / 8, 3 / 8), (15 / 8, -10 / 8, 3 / 8))
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[Quintic, float]:
     """The odd quintic closest to 1 on [low, high], and its largest error there."""
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    signs = (1, -1, 1, -1)
     inner = [low + (high - low) * 0.25, low + (high - low) * 0.75]
     for _ in range(100):
-        x = torch.tensor([low, *inner, high], dtype=torch.float64)
-        # p(x_i) = 1 - (±1) E at four points: three coefficients and the error E
-        system = torch.stack([x, x**3, x**5, signs], dim=1)
-        a, b, c, error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        # p(x_i) = x_i (a + b t_i + c t_i²) = 1 - (±1) E, t = x², at four points. The third divided difference of the
+        # bracket vanishes, which gives E; Newton's form through the last three points gives a, b, c.
+        x = (low, *inner, high)
+        t = [point * point for point in x]
+        weights = [1 / (x[i] * math.prod(t[i] - t[j] for j in range(4) if j != i)) for i in range(4)]
+        error = sum(weights) / sum(sign * weight for sign, weight in zip(signs, weights, strict=True))
+        y = [(1 - sign * error) / point for sign, point in zip(signs, x, strict=True)]
+        slope, next_slope = (y[2] - y[1]) / (t[2] - t[1]), (y[3] - y[2]) / (t[3] - t[2])
+        c = (next_slope - slope) / (t[3] - t[1])
+        b = slope - c * (t[1] + t[2])
+        a = y[1] - t[1] * (b + c * t[1])
         # the error is extremal where p'(x) = a + 3 b x² + 5 c x⁴ = 0
         root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
         previous, inner = inner, sorted(math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1))
@@ -225,10 +237,10 @@ def precondition_(
             invariance of the SGD step, for factors of condition number up to about 1e4.
         inverse_steps: n numbers 1 / (L η) for the small-step branch, see `refactoring`. Default: no such branch.
 
-    A pair of B = 0 (LoRA's start) keeps its gradients. Non-finite gradients stay non-finite, so a GradScaler's check
-    is not weakened; S itself is always finite.
+    A pair of B = 0 (LoRA's start) keeps its gradients, with `inverse_steps` up to a factor. Non-finite gradients stay
+    non-finite, so a GradScaler's check is not weakened; S itself is always finite.
     """
-    for indices in _one_rank(As):
+    for indices in _one_rank(As, Bs):
         inverse_step = None
         if inverse_steps is not None:
             first = As[indices[0]]
@@ -323,21 +335,24 @@ def diagnose(
     condition numbers λ_max / λ_min; norm_A and norm_B, Frobenius norms; fallback, 1 where S is a multiple of I.
     A value that does not exist (a division by 0) is NaN or inf.
     """
+    batches = _one_rank(As, Bs)
     parts: dict[str, list[Tensor]] = defaultdict(list)
-    for indices in _one_rank(As):
+    for indices in batches:
         P, Q, R = refactor_pairs([As[i] for i in indices], [Bs[i] for i in indices], eps=eps, dtype=dtype)
+        P, Q, S = (M.cpu().double() for M in (P, Q, R.S))  # squares of float32 Gram matrices overflow
+        size = torch.linalg.matrix_norm(Q)
+        parts["balance_gap"].append(torch.linalg.matrix_norm(P - Q) / size)
         with ieee_arithmetic(P.device):
-            size = torch.linalg.matrix_norm(Q)
-            parts["balance_gap"].append(torch.linalg.matrix_norm(P - Q) / size)
-            parts["balance_residual"].append(torch.linalg.matrix_norm(R.S @ P @ R.S - Q) / size)
-            for name, G in (("cond_P", P), ("cond_Q", Q)):
-                usable = G.isfinite().all(-1).all(-1)
-                spectrum = torch.linalg.eigvalsh(torch.where(usable[:, None, None], G, 0))
-                parts[name].append(spectrum[:, -1] / spectrum[:, 0].clamp(min=0))
-            for name, G in (("norm_A", P), ("norm_B", Q)):
-                parts[name].append(G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt())
-            parts["fallback"].append(R.fallback)
-    return {name: torch.cat([part.double().cpu() for part in values]) for name, values in parts.items()}
+            parts["balance_residual"].append(torch.linalg.matrix_norm(S @ P @ S - Q) / size)
+        for name, G in (("cond_P", P), ("cond_Q", Q)):
+            usable = G.isfinite().all(-1).all(-1)
+            spectrum = torch.linalg.eigvalsh(torch.where(usable[:, None, None], G, 0))
+            parts[name].append(spectrum[:, -1] / spectrum[:, 0].clamp(min=0))
+        for name, G in (("norm_A", P), ("norm_B", Q)):
+            parts[name].append(G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt())
+        parts["fallback"].append(R.fallback.cpu().double())
+    order = torch.tensor([i for indices in batches for i in indices]).argsort()
+    return {name: torch.cat(values)[order] for name, values in parts.items()}
 
 
 def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None:
@@ -357,9 +372,9 @@ def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
     return _grouped([(t.shape, t.dtype, t.device) for t in tensors])
 
 
-def _one_rank(As: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the pairs of one rank on one device, group by group: one batch each."""
-    return _grouped([(A.shape[0], A.device) for A in As])
+def _one_rank(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the pairs of one rank, device and dtype to compute in, group by group: one batch each."""
+    return _grouped([(A.shape[0], A.device, compute_dtype(A, B)) for A, B in zip(As, Bs, strict=True)])
 
 
 def _grouped(keys: Sequence[Hashable]) -> list[list[int]]:
