@@ -182,7 +182,7 @@ def test_closure_optimizers_are_refused(tmp_path):
         (tiny.llama, "LlamaForCausalLM has no adapter"),
         (
             lambda: get_peft_model(tiny.llama(), VeraConfig(r=2, target_modules=["q_proj"])),
-            "pass a LoraConfig instead",
+            "pass a LoraConfig",
         ),
     ],
 )
