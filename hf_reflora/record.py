@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface-hub", "hf_reflora")
+PACKAGES = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub", "hf_reflora"}
 SECRET_WORDS = ("hub_token", "api_key", "secret", "password")
 
 
@@ -28,7 +28,7 @@ def environment(repository: Path) -> dict[str, Any]:
         "commit": _git(repository, "rev-parse", "HEAD"),
         "uncommitted_changes": None if (status := _git(repository, "status", "--porcelain")) is None else bool(status),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

