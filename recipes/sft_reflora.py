@@ -2,7 +2,8 @@
 
     accelerate launch --cpu recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
-(Leave out --cpu where there is a GPU; on a CPU it gives the process all cores.) Any option of TRL's SFT script works, on the command line or in the YAML file (an unknown one is an error):
+Leave out --cpu where there is a GPU; on a CPU it gives the process all cores. Any option of TRL's SFT script works, on
+the command line or in the YAML file, and an unknown one is an error:
 
     accelerate launch recipes/sft_reflora.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/Capybara --method reflora --learning_rate 2e-4 --output_dir runs/capybara --push_to_hub
