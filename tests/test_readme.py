@@ -1,0 +1,114 @@
+"""What the README says is what the code does: its commands, its snippets, its numbers."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sft_reflora
+import tiny
+
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402
+import step_cost  # noqa: E402
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAUNCHES = [
+    line.strip()
+    for text in (README, (ROOT / "recipes" / "README.md").read_text(encoding="utf-8"), sft_reflora.__doc__)
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip().startswith("accelerate launch")
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def demo_records():
+    return compare.load(sorted((RECORDS / "smollm2-135m").glob("*.json")))
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_launch_commands_parse(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, _, script, *arguments = line.split()
+    assert script == "recipes/sft_reflora.py"
+    script, *_ = sft_reflora.make_parser().parse_args_and_config([*arguments, "--bf16", "false"])
+    assert script.dataset_name
+
+
+def test_make_runs_what_the_readme_says(tmp_path):
+    """`make demo` is the three lines for people without make, in a virtual environment of its own."""
+    made = subprocess.run(
+        ["make", "--dry-run", "demo", f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    made = made.replace(f"{tmp_path}/venv/bin/python -m ", "").replace(f"{tmp_path}/venv/bin/", "")
+    made = re.sub(r"install --quiet +", "install ", made)
+    [lines] = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "pip install" in block]
+    assert [line for line in lines.splitlines() if line not in made] == []
+    assert len(lines.splitlines()) == 3
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.split("\n")[-2][:40])
+def test_snippets_run(snippet, tmp_path):
+    """With a tiny model in place of the Hub's and of what `...` leaves out."""
+    from peft import LoraConfig, get_peft_model
+    from torch.optim import Optimizer
+    from trl import SFTConfig, SFTTrainer
+
+    tiny.llama().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model, config = repr(str(tmp_path)), "args=args, "
+    snippet = snippet.replace('"HuggingFaceTB/SmolLM2-135M-Instruct",', f"{model}, {config}")
+    snippet = snippet.replace("(..., ", f"(model={model}, {config} train_dataset=dataset, ")
+    ast.parse(snippet)
+    names = {
+        "LoraConfig": LoraConfig,
+        "SFTTrainer": SFTTrainer,
+        "args": SFTConfig(**tiny.arguments(tmp_path / "out", max_steps=2)),
+        "dataset": tiny.chat_dataset(),
+        "torch": __import__("torch"),
+        "peft_model": get_peft_model(tiny.llama(), LoraConfig(r=4, task_type="CAUSAL_LM")),
+    }
+    exec(snippet, names)
+    if "trainer" in names:
+        names["trainer"].train()
+        assert names["trainer"].state.global_step == 2
+    else:
+        assert isinstance(names["optimizer"], Optimizer)
+
+
+def test_demo_table_is_the_records():
+    assert compare.table(demo_records()) in README
+
+
+def test_demo_meets_its_promise():
+    """Exact match at least 0.60, valid JSON at least 0.95, at most 12 minutes and 4 GB, from a committed state."""
+    record = json.loads((RECORDS / "smollm2-135m" / "reflora-seed0.json").read_text(encoding="utf-8"))
+    assert record["scores"]["after"]["exact"] >= 0.60
+    assert record["scores"]["after"]["valid_json"] >= 0.95
+    assert record["scores"]["rows"] >= 200
+    assert record["seconds"]["total"] <= 12 * 60
+    assert record["peak_memory_gb"]["host"] <= 4
+    assert record["environment"]["uncommitted_changes"] is False
+    minutes = record["seconds"]["total"] / 60
+    assert f"{minutes:.0f} minutes on 2 CPU cores" in README
+
+
+def test_cost_table_is_the_record():
+    record = json.loads((RECORDS / "step_cost.json").read_text(encoding="utf-8"))
+    assert step_cost.table(record["seconds"]) in README
+
+
+def test_records_of_unlike_runs_are_not_compared(tmp_path):
+    path = RECORDS / "smollm2-135m" / "reflora-seed0.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    (tmp_path / "other.json").write_text(json.dumps({**record, "train_rows": 1}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="train_rows is"):
+        compare.load([path, tmp_path / "other.json"])
