@@ -77,6 +77,17 @@ def measure(rank: int, device: str, seconds: float) -> dict[str, float]:
     return medians
 
 
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown of `measure`'s medians by rank."""
+    ranks = list(results)
+    rows = ["| step of | " + " | ".join(f"r = {r}: ms | ratio to AdamW" for r in ranks) + " |"]
+    rows.append("| --- |" + " ---: |" * (2 * len(ranks)))
+    for name in results[ranks[0]]:
+        cells = [f"{results[r][name] * 1e3:.1f} | {results[r][name] / results[r]['AdamW']:.2f}" for r in ranks]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 32])
@@ -84,13 +95,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=3.0, help="least measuring time for each optimizer")
     parser.add_argument("--record", type=Path, help="write the figures and the environment to this JSON file")
     arguments = parser.parse_args()
-    results = {rank: measure(rank, arguments.device, arguments.seconds) for rank in arguments.rank}
-    ranks = list(results)
-    print("| step of | " + " | ".join(f"r = {r}: ms | ratio to AdamW" for r in ranks) + " |")
-    print("| --- |" + " ---: |" * (2 * len(ranks)))
-    for name in results[ranks[0]]:
-        cells = [f"{results[r][name] * 1e3:.1f} | {results[r][name] / results[r]['AdamW']:.2f}" for r in ranks]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    results = {str(rank): measure(rank, arguments.device, arguments.seconds) for rank in arguments.rank}
+    print(table(results))
     if arguments.record:
         facts = {"seconds": results, "device": arguments.device, "threads": torch.get_num_threads()}
         facts["environment"] = environment(Path(__file__).parent)
