@@ -45,14 +45,13 @@ def final_loss(record: dict) -> float:
 def table(methods: dict[str, list[dict]]) -> str:
     first = next(iter(methods.values()))[0]
     names = list(first["scores"]["after"])
-    head = ["", "seeds", *(name.replace("_", " ") for name in names), "final training loss", "training time (s)"]
+    head = ["", "seeds", *(name.replace("_", " ") for name in names), "final training loss"]
     rows = [head, ["---"] * len(head)]
-    rows.append(["before", "", *(f"{first['scores']['before'][name]:.3f}" for name in names), "", ""])
+    rows.append(["before", "", *(f"{first['scores']['before'][name]:.3f}" for name in names), ""])
     for method, records in methods.items():
         scores = [shown([record["scores"]["after"][name] for record in records]) for name in names]
         seeds = ", ".join(str(record["seed"]) for record in records)
-        seconds = statistics.mean(record["seconds"]["train"] for record in records)
-        rows.append([method, seeds, *scores, shown([final_loss(r) for r in records]), f"{seconds:.0f}"])
+        rows.append([method, seeds, *scores, shown([final_loss(r) for r in records])])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

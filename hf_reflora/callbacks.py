@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from .optimizer import STEP_KEY
 from .pairs import lora_layers, require_pairs, trainable_pairs
@@ -54,7 +54,7 @@ class RefLoraCallback(TrainerCallback):
         self._layers = {}
         self._grad_norm: Tensor | None = None
 
-    def check(self, args: TrainingArguments, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def check(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Raises where this callback could not work: see the class."""
         check_backend()
         require_pairs(model)
@@ -67,7 +67,7 @@ class RefLoraCallback(TrainerCallback):
                 )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.check(args, model, optimizer)
+        self.check(model, optimizer)
         self._layers = lora_layers(model)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

@@ -17,7 +17,7 @@ class _RefLoraMixin:
             )
         self.reflora = RefLoraCallback() if reflora is None else reflora
         super().__init__(*args, callbacks=[*(callbacks or []), self.reflora], **kwargs)
-        self.reflora.check(self.args, self.model, self.optimizer)
+        self.reflora.check(self.model, self.optimizer)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # the training log, not evaluation or the summary at the end
