@@ -60,7 +60,7 @@ def polar_coefficients(lower: float) -> tuple[Quintic, ...]:
     """Coefficients (a, b, c) of odd quintics a x + b x³ + c x⁵ whose composition maps [lower, 1] to 1.
 
     Each quintic is the minimax approximation of 1 on the interval that its predecessor leaves, found by Remez exchange
-    in float64. The last two are Newton-Schulz steps, which square away what is left.
+    in float64. The last two are Newton-Schulz steps, which cube what error is left.
 
     Args:
         lower: Smallest singular value to be mapped to 1, in (0, 1].
