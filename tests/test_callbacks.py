@@ -73,8 +73,6 @@ CASES = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_takes_the_steps_of_create_reflora_optimizer(tmp_path, case, method):
-    if case == "compile" and method != "reflora":
-        pytest.skip("compiling takes seconds and does not depend on the method")
     changes, hand = CASES[case]
     hand = {**hand, "sgd": "optim" in changes}
     trainer = make_trainer(tmp_path, [RefLoraCallback(**METHODS[method])], **changes)

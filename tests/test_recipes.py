@@ -207,7 +207,8 @@ def test_real_model_gives_chat_answers(tmp_path):
         HF_HOME=str(tmp_path / "hf"),
     )
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
-    first, second = (entry["loss"] for entry in record["log"] if "loss" in entry)
-    assert float(second) < float(first) < 5  # a converted model that speaks English, and learns
+    losses = [float(entry["loss"]) for entry in record["log"] if "loss" in entry]
+    assert len(losses) == 2
+    assert max(losses) < 2.5  # nats a token: with a wrong tokenizer or wrong weights it is far above
     assert all(example["before"].isprintable() or "\n" in example["before"] for example in record["examples"])
     assert record["peak_memory_gb"]["host"] < 4
