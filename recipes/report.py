@@ -11,9 +11,11 @@ from rich.text import Text
 
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the scores before and after and the examples."""
+    """Prints the scores before and after and the examples, as far as the run has any."""
     console = console or Console()
     scores = record["scores"]
+    if not scores["before"]:
+        return
     table = Table(title=f"{record['method']}, {scores['rows']} held-out rows")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")

@@ -140,6 +140,7 @@ def tiny_arguments(tiny_model, output_dir, method):
         *("--model_name_or_path", tiny_model, "--output_dir", output_dir, "--dtype", "float32", "--use_cpu", "true"),
         *("--cpu_threads", "1", "--dataset_train_split", "train[:24]", "--dataset_test_split", "test[:6]"),
         *("--score_max_new_tokens", "4", "--logging_steps", "1", "--max_length", "1024"),
+        *("--eval_strategy", "epoch"),
     ]
 
 
@@ -151,7 +152,9 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert record["method"] == "reflora"
     assert record["processes"] == processes
     assert record["scores"]["rows"] == 6
-    assert set(record["scores"]["before"]) == {"exact", "valid_json", "right_tool", "argument_f1"}
+    before, after = record["scores"]["before"], record["scores"]["after"]
+    assert set(before) == {"loss", "exact", "valid_json", "right_tool", "argument_f1"}
+    assert after["loss"] < before["loss"]
     assert len(record["examples"]) == 5
     assert record["train_rows"] == 24
     assert record["environment"]["versions"]["peft"]
@@ -164,6 +167,33 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert "before" in output
     assert "after" in output
     assert str(tmp_path) in output
+
+
+@pytest.mark.slow
+def test_script_without_scores_on_a_dataset_in_trl_format(tiny_model, tmp_path):
+    """No YAML, no templates, nothing held out: LoRA on a prompt/completion dataset."""
+    rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    output = run(
+        *(*launch(1), "recipes/sft_reflora.py", "--method", "lora", "--model_name_or_path", tiny_model),
+        *("--dataset_name", tmp_path, "--output_dir", tmp_path / "out", "--dtype", "float32", "--bf16", "false"),
+        *(
+            "--lora_target_modules",
+            "q_proj",
+            "v_proj",
+            "--max_steps",
+            "2",
+            "--logging_steps",
+            "1",
+            "--use_cpu",
+            "true",
+        ),
+    )
+    record = json.loads((tmp_path / "out" / "run_record.json").read_text(encoding="utf-8"))
+    assert record["scores"] == {"rows": 0, "before": {}, "after": {}}
+    assert not any(name.startswith("reflora/") for entry in record["log"] for name in entry)
+    assert (tmp_path / "out" / "training.png").exists()
+    assert "held-out" not in output
 
 
 @pytest.mark.slow
