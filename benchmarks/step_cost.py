@@ -7,7 +7,6 @@ medians, and of ratios to AdamW, which carry over to other machines better than 
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from peft.optimizers import create_riemannian_optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reflora import create_reflora_optimizer
-from hf_reflora.record import environment
+from hf_reflora.record import environment, write_json
 
 
 def adapters(rank: int, device: str) -> torch.nn.Module:
@@ -100,4 +99,4 @@ if __name__ == "__main__":
     if arguments.record:
         facts = {"seconds": results, "device": arguments.device, "threads": torch.get_num_threads()}
         facts["environment"] = environment(Path(__file__).parent)
-        arguments.record.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.record, facts)

@@ -31,7 +31,7 @@ def environment(repository: Path) -> dict[str, Any]:
         "versions": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or None,
     }
     return {name: value for name, value in facts.items() if value is not None}
@@ -49,6 +49,11 @@ def redacted(arguments: list[str]) -> list[str]:
             shown.append(f"{option}=***" if secret_option and separator else argument)
         hide_next = secret_option and not separator
     return shown
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_memory_gb() -> dict[str, float]:

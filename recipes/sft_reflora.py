@@ -32,7 +32,7 @@ from trl import (
 )
 
 from hf_reflora import RefLoraArguments, RefLoraSFTTrainer
-from hf_reflora.record import environment, peak_memory_gb, write_json
+from hf_reflora.record import environment, peak_memory_gb, usable_cores, write_json
 
 
 METHODS = ("lora", "reflora", "reflora_s")
@@ -109,7 +109,7 @@ def to_trl(rows: Dataset, recipe: RecipeArguments) -> Dataset:
 
 
 def score_labelled_positions_only() -> None:
-    """Lets TRL's LM head skip the prompt on a CPU, too: the same loss in less than half the time.
+    """Lets TRL's LM head skip the prompt on a CPU, too: the same loss in about half the time.
 
     Where Triton is absent TRL scores every position, for the sake of compilers that need fixed shapes.
     """
@@ -176,8 +176,7 @@ def main(
     }
     if training_args.device.type == "cpu":
         score_labelled_positions_only()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        shared = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        shared = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(recipe.cpu_threads or shared)  # accelerate launch sets OMP_NUM_THREADS=1
     trainer_cls, reflora = SFTTrainer, {}
     if recipe.method != "lora":
