@@ -1,19 +1,25 @@
-"""Better low-rank adapters in the Hugging Face stack: RefLoRA for Trainer, TRL and plain PyTorch."""
+"""Better low-rank adapters in the Hugging Face stack: RefLoRA and LoRA-SB for PEFT, Trainer, TRL and plain PyTorch."""
 
 from .arguments import RefLoraArguments
 from .callbacks import RefLoraCallback
+from .lora_sb import LoraSbCallback, LoraSbConfig, LoraSbModel, initialize_lora_sb_weights
 from .optimizer import create_reflora_optimizer
 from .step import RefLora
-from .trainer import RefLoraSFTTrainer, RefLoraTrainer
+from .trainer import LoraSbSFTTrainer, RefLoraSFTTrainer, RefLoraTrainer
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoraSbCallback",
+    "LoraSbConfig",
+    "LoraSbModel",
+    "LoraSbSFTTrainer",
     "RefLora",
     "RefLoraArguments",
     "RefLoraCallback",
     "RefLoraSFTTrainer",
     "RefLoraTrainer",
     "create_reflora_optimizer",
+    "initialize_lora_sb_weights",
 ]

@@ -2,12 +2,11 @@
 
 import math
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from .backend import check_backend, inner_optimizer
 from .optimizer import STEP_KEY
 from .pairs import lora_layers, require_pairs, trainable_pairs
 from .step import RefLora, check_optimizer
@@ -56,10 +55,10 @@ class RefLoraCallback(TrainerCallback):
 
     def check(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Raises where this callback could not work: see the class."""
-        check_backend()
+        check_backend("RefLoRA")
         require_pairs(model)
         if optimizer is not None:
-            check_optimizer(type(_inner(optimizer)))
+            check_optimizer(type(inner_optimizer(optimizer)))
             if any(STEP_KEY in group for group in optimizer.param_groups):
                 raise ValueError(
                     "The optimizer comes from create_reflora_optimizer and RefLoraCallback would refactor a second "
@@ -72,11 +71,11 @@ class RefLoraCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not self.reflora.rescales and self.reflora.due(state.global_step):
-            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), _inner(optimizer))
+            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), inner_optimizer(optimizer))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.reflora.rescales and self.reflora.due(state.global_step):
-            self.reflora.after_optimizer(trainable_pairs(self._layers), _inner(optimizer))
+            self.reflora.after_optimizer(trainable_pairs(self._layers), inner_optimizer(optimizer))
 
     def metrics(self) -> dict[str, float]:
         """What `RefLoraTrainer` logs; for other trainers, call it where you log.
@@ -94,27 +93,3 @@ class RefLoraCallback(TrainerCallback):
         if self._grad_norm is not None:
             values["grad_norm"] = self._grad_norm.item()
         return {f"reflora/{name}": value for name, value in values.items() if math.isfinite(value)}
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def check_backend() -> None:
-    """Raises a ValueError on backends where gradients are not whole at `on_pre_optimizer_step`."""
-    if not AcceleratorState._shared_state:
-        return
-    state = AcceleratorState()
-    reasons = {
-        DistributedType.DEEPSPEED: (
-            "DeepSpeed takes the optimizer's step inside the backward pass, so gradients changed after it do nothing"
-        ),
-        DistributedType.FSDP: "FSDP keeps the LoRA factors in flat or sharded parameters, so A and B are not whole",
-        DistributedType.MEGATRON_LM: "Megatron-LM takes the optimizer's step by itself",
-    }
-    if state.distributed_type in reasons:
-        raise ValueError(
-            f"RefLoRA does not support {state.distributed_type.value} yet: {reasons[state.distributed_type]}. Train "
-            "with DDP instead (accelerate launch --multi_gpu), or without RefLoRA."
-        )

@@ -1,9 +1,10 @@
-"""Trainers with RefLoRA built in: a callback, metrics in the log and a name on the card, nothing else."""
+"""Trainers with the methods built in: a callback, metrics in the log and a name on the card, nothing else."""
 
 from transformers import Trainer
 from trl import SFTTrainer
 
 from .callbacks import RefLoraCallback
+from .lora_sb import LoraSbCallback
 
 
 class _RefLoraMixin:
@@ -77,3 +78,50 @@ class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
     eprint       = {2505.18877},
 }""",
     }
+
+
+class LoraSbSFTTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` with LoRA-SB (https://huggingface.co/papers/2411.19557).
+
+    Takes the arguments of `trl.SFTTrainer` and `lora_sb`, the callback with the initialization's settings (default
+    `LoraSbCallback()`). Pass `peft_config=LoraSbConfig(...)`; with a `LoraConfig` the same subspace initializes an
+    ordinary LoRA. For RefLoRA from there: `RefLoraSFTTrainer(..., callbacks=[LoraSbCallback()])`.
+
+    Raises:
+        ValueError: at construction, see `LoraSbCallback`.
+
+    Example:
+        >>> trainer = LoraSbSFTTrainer(
+        ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ...     train_dataset=dataset,
+        ...     peft_config=LoraSbConfig(r=64, target_modules="all-linear"),
+        ... )
+    """
+
+    _tag_names = ["trl", "sft", "lora-sb"]
+    _name = "SFT (LoRA-SB)"
+    _paper = {
+        "title": "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank "
+        "Fine-Tuning",
+        "id": "2411.19557",
+        # docstyle-ignore
+        "citation": """\
+@article{ponkshe2024initialization,
+    title        = {{Initialization using Update Approximation is a Silver Bullet for Extremely Efficient
+                    Low-Rank Fine-Tuning}},
+    author       = {Kaustubh Ponkshe and Raghav Singhal and Eduard Gorbunov and Alexey Tumanov and Samuel Horvath and
+                    Praneeth Vepakomma},
+    year         = 2024,
+    eprint       = {2411.19557},
+}""",
+    }
+
+    def __init__(self, *args, lora_sb: LoraSbCallback | None = None, callbacks: list | None = None, **kwargs):
+        if any(isinstance(c, LoraSbCallback) or c is LoraSbCallback for c in callbacks or []):
+            raise ValueError(
+                "LoraSbSFTTrainer adds a LoraSbCallback itself; a second one would do nothing. Pass it as "
+                "lora_sb=LoraSbCallback(...)."
+            )
+        self.lora_sb = LoraSbCallback() if lora_sb is None else lora_sb
+        super().__init__(*args, callbacks=[*(callbacks or []), self.lora_sb], **kwargs)
+        self.lora_sb.check(self.args, self.model)

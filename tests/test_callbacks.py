@@ -195,7 +195,7 @@ def test_models_without_pairs_are_refused_when_training_starts(tmp_path, make, m
     ("backend", "match"),
     [
         (DistributedType.DEEPSPEED, "DEEPSPEED yet: DeepSpeed takes the optimizer's step inside the backward pass"),
-        (DistributedType.FSDP, "FSDP yet: FSDP keeps the LoRA factors in flat or sharded.*Train with DDP"),
+        (DistributedType.FSDP, "FSDP yet: FSDP keeps the factors in flat or sharded.*Train with DDP"),
         (DistributedType.MEGATRON_LM, "MEGATRON_LM yet: Megatron-LM takes"),
     ],
 )

@@ -1,0 +1,251 @@
+"""LoRA-SB's layer: a linear layer plus s B R A."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import LoraSbConfig
+from .subspace import truncated_svd
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class _ParameterDict(nn.ParameterDict):
+    """Stays in float32 when the model is cast to half precision, where AdamW's updates of R would be rounded away."""
+
+    def _apply(self, fn, recurse=True):
+        def keep(tensor):
+            cast = fn(tensor)
+            return tensor.to(cast.device) if cast.dtype in HALF and tensor.dtype not in HALF else cast
+
+        return super()._apply(keep, recurse)
+
+
+class LoraSbLayer(BaseTunerLayer):
+    """W = W0 + s B R A around a layer with a weight W0. Per adapter, all float32 unless the adapter was cast:
+
+    - `lorasb_R`: R (r, r), the only parameter. An (r, r) matrix is square whatever the layer.
+    - `lorasb_A` (r, in), `lorasb_B` (out, r): buffers, so that nothing can make them trainable.
+    - `r`, `scaling`, `lorasb_dropout`, and `initialized`, the names of the adapters whose B and A are set.
+    """
+
+    adapter_layer_names = ("lorasb_R",)
+    other_param_names = ("lorasb_A", "lorasb_B")
+
+    def __init__(self, base_layer: nn.Module):
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.initialized: set[str] = set()
+        self.lorasb_dropout = nn.ModuleDict()
+        self.lorasb_R = _ParameterDict()
+        self.lorasb_A = BufferDict(persistent=True)
+        self.lorasb_B = BufferDict(persistent=True)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, r: int, config: LoraSbConfig) -> None:
+        """Adds an adapter, with `config.init_weights`; r is clamped to min(in, out)."""
+        r = min(r, self.in_features, self.out_features)
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = config.scaling
+        dropout = nn.Dropout(config.lorasb_dropout) if config.lorasb_dropout else nn.Identity()
+        self.lorasb_dropout.update({adapter_name: dropout})
+        self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r))
+        self.lorasb_A[adapter_name] = torch.zeros(r, self.in_features)
+        self.lorasb_B[adapter_name] = torch.zeros(self.out_features, r)
+        if self.lorasb_R[adapter_name].device.type != "meta":  # low_cpu_mem_usage: the checkpoint brings all three
+            self._initialize(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _initialize(self, adapter_name: str, init_weights: bool | str) -> None:
+        r = self.r[adapter_name]
+        if init_weights == "lora_sb":
+            return
+        if init_weights == "lora_xs":
+            U, S, V = truncated_svd(self.dequantized_weight(), r)
+            self.set_factors(adapter_name, U * S, torch.zeros(r, r), V.T)
+            return
+        B = torch.linalg.qr(torch.randn(self.out_features, r)).Q
+        A = torch.linalg.qr(torch.randn(self.in_features, r)).Q.T
+        self.set_factors(adapter_name, B, torch.zeros(r, r) if init_weights else torch.randn(r, r) / r**0.5, A)
+
+    @torch.no_grad()
+    def set_factors(self, adapter_name: str, B: Tensor, R: Tensor, A: Tensor) -> None:
+        """Copies B (out, r), R (r, r) and A (r, in) into the adapter, in place, so optimizers and DDP see them."""
+        self.lorasb_B[adapter_name].copy_(B)
+        self.lorasb_R[adapter_name].copy_(R)
+        self.lorasb_A[adapter_name].copy_(A)
+        self.initialized.add(adapter_name)
+
+    def dequantized_weight(self) -> Tensor:
+        """W0 as (out, in), in a floating-point dtype."""
+        weight = dequantize_module_weight(self.get_base_layer()).detach()
+        return weight.T if self.fan_in_fan_out else weight
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """s B R A in the orientation of the base layer's weight (Conv1D: in × out)."""
+        R = self.scaling[adapter_name] * self.lorasb_R[adapter_name]
+        A, B = self.lorasb_A[adapter_name].to(R.dtype), self.lorasb_B[adapter_name].to(R.dtype)
+        delta = B @ (R @ A)
+        return delta.T if self.fan_in_fan_out else delta
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for by_name in (self.r, self.scaling, self.lorasb_dropout):
+            if adapter_name in by_name:
+                del by_name[adapter_name]
+        self.initialized.discard(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The device only: PEFT would round B and A to the base layer's dtype, and they were no longer orthonormal.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is None or device.type == "meta" or self.lorasb_R[adapter_name].device.type == "meta":
+            return
+        for tensors in (self.lorasb_R, self.lorasb_A, self.lorasb_B):
+            tensors[adapter_name] = tensors[adapter_name].to(device)
+
+
+class Linear(nn.Module, LoraSbLayer):
+    """LoRA-SB on `nn.Linear`, bitsandbytes' `Linear4bit` and `Linear8bitLt`, and transformers' `Conv1D`."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: LoraSbConfig):
+        super().__init__()
+        LoraSbLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.lorasb_R:
+                self._check_trainable(name)
+                result = result + self._delta(x, name).to(result.dtype)
+        return result
+
+    def _delta(self, x: Tensor, name: str) -> Tensor:
+        """s x Aᵀ Rᵀ Bᵀ."""
+        A, R, B = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name]
+        x = self.lorasb_dropout[name](self._cast_input_dtype(x, A.dtype))
+        return F.linear(F.linear(F.linear(x, A), self.scaling[name] * R.to(A.dtype)), B)
+
+    def _check_trainable(self, name: str) -> None:
+        R = self.lorasb_R[name]
+        if not (self.training and R.requires_grad and torch.is_grad_enabled()):
+            return
+        if name not in self.initialized:
+            raise RuntimeError(
+                f'The LoRA-SB adapter "{name}" has init_weights="lora_sb" and is not initialized yet: training would '
+                "change nothing. Call initialize_lora_sb_weights(model, dataloader, ...), or give the trainer a "
+                'LoraSbCallback; or choose init_weights="lora_xs" or True, which need no data.'
+            )
+        if R.dtype in HALF:
+            raise RuntimeError(
+                f'R of the LoRA-SB adapter "{name}" is {R.dtype}, in which an optimizer\'s updates are rounded away. '
+                "Leave autocast_adapter_dtype=True; where TRL casts it (quantized models), LoraSbCallback undoes it."
+            )
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        result = result.clone()
+        for name in set(adapter_names) & set(self.lorasb_R):  # "__base__" is no adapter
+            rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
+            result[rows] += self._delta(x[rows], name).to(result.dtype)
+        return result
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds s B R A to the base weight. A quantized one is dequantized, changed and quantized again, which rounds.
+
+        Args:
+            safe_merge: Check that the new weight is finite before it replaces the old one.
+            adapter_names: Adapters to merge. Default: the active ones.
+
+        Raises:
+            ValueError: With `safe_merge`, if the result is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lorasb_R:
+                delta = self.get_delta_weight(name)
+                if safe_merge and not torch.isfinite(self._base_weight() + delta).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                self._add_to_base_weight(delta)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the merged adapters out of the base weight again, up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lorasb_R:
+                self._add_to_base_weight(-self.get_delta_weight(name))
+
+    def _base_weight(self) -> Tensor:
+        return dequantize_module_weight(self.get_base_layer()).detach()
+
+    def _add_to_base_weight(self, delta: Tensor) -> None:
+        base = self.get_base_layer()
+        kind = type(base.weight).__name__
+        if kind not in ("Params4bit", "Int8Params"):
+            base.weight.data += delta.to(base.weight.dtype)
+            return
+        import bitsandbytes as bnb
+
+        old, state = base.weight, getattr(base, "state", None)
+        if kind == "Int8Params" and state.SCB is None:
+            state.SCB = old.SCB
+        weight = self._base_weight()
+        weight = (weight + delta.to(weight)).to("cpu")
+        if kind == "Int8Params":
+            new = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+            state.reset_grads()
+        else:
+            settings = {k: v for k, v in vars(old).items() if k != "data" and not k.startswith("_")}
+            new = bnb.nn.Params4bit(weight, **settings | {"requires_grad": False, "bnb_quantized": False})
+        base.weight = new.to(old.device)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # An adapter that was saved before its initialization has A = 0 and is still to be initialized.
+        for name in self.lorasb_R:
+            A = state_dict.get(f"{prefix}lorasb_A.{name}")
+            if A is not None and A.any():
+                self.initialized.add(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return "lora_sb." + super().__repr__()
