@@ -6,6 +6,7 @@ Prints Markdown. Means and standard deviations where a method has several record
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -15,19 +16,23 @@ from matplotlib.figure import Figure
 
 
 # What makes runs comparable; anything else that differs is the method's.
-SAME = ("model", "dataset", "train_rows", "trainable_parameters", "processes")
+SAME = ("model", "dataset", "train_rows", "processes")
+
+
+def name(record: dict) -> str:
+    return record["method"] + (" from the SB start" if record.get("init") == "lora_sb" else "")
 
 
 def load(paths: list[Path]) -> dict[str, list[dict]]:
     """Records by method, checked to be of one recipe."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for name in SAME:
-        found = {json.dumps(record[name]) for record in records}
+    for key in SAME:
+        found = {json.dumps(record[key]) for record in records}
         if len(found) > 1:
-            raise SystemExit(f"These runs cannot be compared: {name} is {' and '.join(sorted(found))}.")
+            raise SystemExit(f"These runs cannot be compared: {key} is {' and '.join(sorted(found))}.")
     methods = defaultdict(list)
-    for record in sorted(records, key=lambda r: (r["method"], r["seed"])):
-        methods[record["method"]].append(record)
+    for record in sorted(records, key=lambda r: (name(r), r["seed"])):
+        methods[name(record)].append(record)
     return methods
 
 
@@ -44,25 +49,27 @@ def final_loss(record: dict) -> float:
 
 def table(methods: dict[str, list[dict]]) -> str:
     first = next(iter(methods.values()))[0]
-    names = list(first["scores"]["after"])
-    head = ["", "seeds", *(name.replace("_", " ") for name in names), "final training loss"]
+    scores = list(first["scores"]["after"])
+    head = ["", "trained", "seeds", *(score.replace("_", " ") for score in scores), "final training loss"]
     rows = [head, ["---"] * len(head)]
-    rows.append(["before", "", *(f"{first['scores']['before'][name]:.3f}" for name in names), ""])
+    rows.append(["before", "", "", *(f"{first['scores']['before'][score]:.3f}" for score in scores), ""])
     for method, records in methods.items():
-        scores = [shown([record["scores"]["after"][name] for record in records]) for name in names]
+        found = [shown([record["scores"]["after"][score] for record in records]) for score in scores]
         seeds = ", ".join(str(record["seed"]) for record in records)
-        rows.append([method, seeds, *scores, shown([final_loss(r) for r in records])])
+        trained = f"{records[0]['trainable_parameters']:,}".replace(",", " ")
+        rows.append([method, trained, seeds, *found, shown([final_loss(r) for r in records])])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def plot(methods: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, gap = figure.subplots(1, 2)
-    for color, (method, records) in zip(("tab:gray", "tab:blue", "tab:orange"), methods.items(), strict=False):
+    colors = itertools.cycle(("tab:gray", "tab:green", "tab:olive", "tab:blue", "tab:cyan", "tab:orange"))
+    for color, (method, records) in zip(colors, methods.items(), strict=False):
         for i, record in enumerate(records):
             label = method if i == 0 else None
-            for axes, name in ((loss, "loss"), (gap, "reflora/balance_gap")):
-                points = [(entry["step"], float(entry[name])) for entry in record["log"] if name in entry]
+            for axes, key in ((loss, "loss"), (gap, "reflora/balance_gap")):
+                points = [(entry["step"], float(entry[key])) for entry in record["log"] if key in entry]
                 if points:
                     axes.plot(*zip(*points, strict=True), color=color, label=label, alpha=0.8, linewidth=1)
     loss.set(xlabel="optimizer step", ylabel="training loss", yscale="log", title="Training loss")

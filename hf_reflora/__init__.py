@@ -1,7 +1,8 @@
 """Better low-rank adapters in the Hugging Face stack: RefLoRA and LoRA-SB for PEFT, Trainer, TRL and plain PyTorch."""
 
-from .arguments import RefLoraArguments
+from .arguments import LoraSbArguments, RefLoraArguments
 from .callbacks import RefLoraCallback
+from .export import export_lora
 from .lora_sb import LoraSbCallback, LoraSbConfig, LoraSbModel, initialize_lora_sb_weights
 from .optimizer import create_reflora_optimizer
 from .step import RefLora
@@ -11,6 +12,7 @@ from .trainer import LoraSbSFTTrainer, RefLoraSFTTrainer, RefLoraTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoraSbArguments",
     "LoraSbCallback",
     "LoraSbConfig",
     "LoraSbModel",
@@ -21,5 +23,6 @@ __all__ = [
     "RefLoraSFTTrainer",
     "RefLoraTrainer",
     "create_reflora_optimizer",
+    "export_lora",
     "initialize_lora_sb_weights",
 ]

@@ -1,8 +1,9 @@
-"""RefLoRA's settings as a dataclass for `TrlParser` and `HfArgumentParser`."""
+"""The methods' settings as dataclasses for `TrlParser` and `HfArgumentParser`."""
 
 from dataclasses import dataclass, field
 
 from .callbacks import RefLoraCallback
+from .lora_sb import LoraSbCallback
 
 
 @dataclass
@@ -61,4 +62,46 @@ class RefLoraArguments:
             warmup_steps=self.reflora_warmup_steps,
             interval=self.reflora_interval,
             smoothness=self.reflora_smoothness,
+        )
+
+
+@dataclass
+class LoraSbArguments:
+    """Settings of LoRA-SB's initialization (https://huggingface.co/papers/2411.19557) on the command line and in YAML.
+
+    Every field is `lorasb_` and the name of an argument of `LoraSbCallback`.
+
+    Raises:
+        ValueError: at construction, for a value out of range.
+    """
+
+    lorasb_num_samples: int | None = field(
+        default=None,
+        metadata={"help": "Training samples for the initialization. Default: 0.1 % of the data, at least 25."},
+    )
+    lorasb_eta: float | None = field(
+        default=None,
+        metadata={"help": "η of the update. Default: the first learning rate above 0 (lr/warm-up)."},
+    )
+    lorasb_passes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Passes over these samples, each for a part of the layers: 1 is fastest and takes 4 bytes for "
+            "each adapted weight. Default: as many as keep the memory within that of a training step with LoRA."
+        },
+    )
+    lorasb_start_at_base: bool = field(
+        default=False, metadata={"help": "Start at the base model instead of its first update, in the same subspace."}
+    )
+
+    def __post_init__(self):
+        self.callback()  # raises on wrong values
+
+    def callback(self) -> LoraSbCallback:
+        """The callback with these settings."""
+        return LoraSbCallback(
+            num_samples=self.lorasb_num_samples,
+            eta=self.lorasb_eta,
+            passes=self.lorasb_passes,
+            start_at_base=self.lorasb_start_at_base,
         )

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with LoRA, RefLoRA or RefLoRA-S, with the same rows answered before and after.
+"""Supervised fine-tuning with LoRA, RefLoRA or LoRA-SB, with the same rows answered before and after.
 
     accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
@@ -20,6 +20,7 @@ import embedded_model
 import evaluation
 import torch
 from datasets import Dataset, load_dataset
+from peft import PeftConfig
 from transformers import AutoTokenizer
 from trl import (
     ModelConfig,
@@ -31,11 +32,12 @@ from trl import (
     get_quantization_config,
 )
 
-from hf_reflora import RefLoraArguments, RefLoraSFTTrainer
+from hf_reflora import LoraSbArguments, LoraSbConfig, LoraSbSFTTrainer, RefLoraArguments, RefLoraSFTTrainer
 from hf_reflora.record import environment, peak_memory_gb, usable_cores, write_json
 
 
-METHODS = ("lora", "reflora", "reflora_s")
+METHODS = ("lora", "reflora", "reflora_s", "lora_sb", "lora_xs")
+INITS = ("default", "lora_sb")
 EXAMPLES = 5
 
 
@@ -44,6 +46,10 @@ class RecipeArguments:
     """What this recipe adds to TRL's SFT script."""
 
     method: str = field(default="reflora", metadata={"help": f"One of {', '.join(METHODS)}."})
+    init: str = field(
+        default="default",
+        metadata={"help": "Start of LoRA and RefLoRA: PEFT's 'default' (B = 0), or 'lora_sb', LoRA-SB's subspace."},
+    )
     prompt_template: str | None = field(
         default=None,
         metadata={"help": "The prompt made from a row's columns, e.g. '{question}'. Default: rows in a TRL format."},
@@ -74,6 +80,10 @@ class RecipeArguments:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {self.init!r}.")
+        if self.init == "lora_sb" and self.method in ("lora_sb", "lora_xs"):
+            raise ValueError(f"init is for lora, reflora and reflora_s; {self.method} has its own.")
         if self.score is not None and self.score not in evaluation.SCORES:
             raise ValueError(f"score must be one of {tuple(evaluation.SCORES)}, got {self.score!r}.")
         if (self.prompt_template is None) != (self.completion_template is None):
@@ -85,7 +95,7 @@ class RecipeArguments:
 
 
 def make_parser() -> TrlParser:
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, RecipeArguments, RefLoraArguments))
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, RecipeArguments, RefLoraArguments, LoraSbArguments))
     parser.set_defaults(use_peft=True)
     return parser
 
@@ -130,21 +140,54 @@ def changed(arguments: Any) -> dict[str, Any]:
     return values
 
 
+def check(
+    model_args: ModelConfig, recipe: RecipeArguments, reflora_args: RefLoraArguments, lorasb_args: LoraSbArguments
+) -> None:
+    """Raises where settings are given that the method would not use."""
+    if not model_args.use_peft:
+        raise ValueError("This recipe trains LoRA adapters; leave use_peft true.")
+    unused = {}
+    if recipe.method not in ("reflora", "reflora_s"):
+        unused |= changed(reflora_args)
+    if recipe.method != "lora_sb" and recipe.init != "lora_sb":
+        unused |= changed(lorasb_args)
+    if recipe.method in ("lora_sb", "lora_xs"):
+        ordinary = ("lora_alpha", "use_rslora", "use_dora", "lora_target_parameters")
+        unused |= {name: value for name, value in changed(model_args).items() if name in ordinary}
+    if unused:
+        raise ValueError(
+            f"method is {recipe.method}, init {recipe.init}, but settings of others: {', '.join(unused)}."
+        )
+
+
+def peft_config(model_args: ModelConfig, recipe: RecipeArguments) -> PeftConfig:
+    """TRL's LoraConfig, or a LoraSbConfig with the same settings."""
+    config = get_peft_config(model_args)
+    if recipe.method not in ("lora_sb", "lora_xs"):
+        return config
+    return LoraSbConfig(
+        r=config.r,
+        target_modules=config.target_modules,
+        lorasb_dropout=config.lora_dropout,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        init_weights=recipe.method,
+    )
+
+
 def main(
     script_args: ScriptArguments,
     training_args: SFTConfig,
     model_args: ModelConfig,
     recipe: RecipeArguments,
     reflora_args: RefLoraArguments,
+    lorasb_args: LoraSbArguments,
 ) -> None:
     start = time.monotonic()
     facts = environment(Path(__file__).parent)
-    groups = (script_args, training_args, model_args, recipe, reflora_args)
+    groups = (script_args, training_args, model_args, recipe, reflora_args, lorasb_args)
     given = {name: value for group in groups for name, value in changed(group).items()}
-    if not model_args.use_peft:
-        raise ValueError("This recipe trains LoRA adapters; leave use_peft true.")
-    if recipe.method == "lora" and changed(reflora_args):
-        raise ValueError(f"method is lora, but RefLoRA's settings are given: {', '.join(changed(reflora_args))}.")
+    check(model_args, recipe, reflora_args, lorasb_args)
     evaluate_loss = training_args.eval_strategy != "no"
 
     train_rows = load_dataset(
@@ -178,9 +221,12 @@ def main(
         score_labelled_positions_only()
         shared = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(recipe.cpu_threads or shared)  # accelerate launch sets OMP_NUM_THREADS=1
-    trainer_cls, reflora = SFTTrainer, {}
-    if recipe.method != "lora":
-        trainer_cls, reflora = RefLoraSFTTrainer, {"reflora": reflora_args.callback(recipe.method)}
+    lora_sb = lorasb_args.callback()
+    trainer_cls, settings = SFTTrainer, {"callbacks": [lora_sb] if recipe.init == "lora_sb" else []}
+    if recipe.method in ("reflora", "reflora_s"):
+        trainer_cls, settings = RefLoraSFTTrainer, settings | {"reflora": reflora_args.callback(recipe.method)}
+    elif recipe.method in ("lora_sb", "lora_xs"):
+        trainer_cls, settings = LoraSbSFTTrainer, {"lora_sb": lora_sb}
     trainer = trainer_cls(
         model=path,
         args=training_args,
@@ -188,8 +234,8 @@ def main(
         eval_dataset=test_rows if evaluate_loss else None,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        **reflora,
+        peft_config=peft_config(model_args, recipe),
+        **settings,
     )
 
     seconds = {}
@@ -236,6 +282,7 @@ def main(
         record = {
             "schema": 1,
             "method": recipe.method,
+            "init": recipe.init,
             "model": model_args.model_name_or_path,
             "dataset": script_args.dataset_name,
             "train_rows": len(train_rows),

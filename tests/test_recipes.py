@@ -17,8 +17,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "accelerate")
-# What may differ between a recipe and its siblings.
-METHOD_KEYS = {"method", "output_dir"}
+NAMES = {"lora", "reflora", "reflora_s", "lora_sb", "reflora_sb_init"}
+# What may differ between a recipe and its siblings, with reflora_… and lorasb_…; in LoRA-SB, whose numbers are others:
+METHOD_KEYS = {"method", "init", "output_dir"}
+LORA_SB_KEYS = {"lora_r", "lora_alpha", "learning_rate", "ddp_broadcast_buffers"}
 
 
 def parse(*arguments):
@@ -56,25 +58,34 @@ def without_bf16(path, tmp_path):
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_yaml_parses(path, tmp_path):
-    script, training, model, recipe, reflora = parse("--config", without_bf16(path, tmp_path))
+    script, training, model, recipe, reflora, lorasb = parse("--config", without_bf16(path, tmp_path))
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert recipe.method == path.stem == config["method"]
+    assert recipe.method == config["method"]
+    assert path.stem == recipe.method + ("_sb_init" if recipe.init == "lora_sb" else "")
+    sft_reflora.check(model, recipe, reflora, lorasb)
+    assert sft_reflora.peft_config(model, recipe).r == config["lora_r"]
     assert script.dataset_name == config["dataset_name"]
     assert training.learning_rate == config["learning_rate"]
     assert model.lora_r == config["lora_r"]
     assert model.use_peft
     assert reflora.reflora_warmup_steps == config.get("reflora_warmup_steps", 0)
-    assert training.output_dir.endswith(f"-{recipe.method}")
+    assert lorasb.lorasb_passes == config.get("lorasb_passes")
+    assert training.output_dir.endswith(f"-{path.stem}")
 
 
 @pytest.mark.parametrize("folder", sorted({p.parent for p in YAMLS}), ids=lambda p: p.name)
 def test_siblings_differ_in_the_method_only(folder):
     configs = {p.stem: yaml.safe_load(p.read_text(encoding="utf-8")) for p in folder.glob("*.yaml")}
-    assert set(configs) == set(sft_reflora.METHODS)
-    common = [
-        {k: v for k, v in c.items() if k not in METHOD_KEYS and not k.startswith("reflora_")} for c in configs.values()
-    ]
-    assert all(c == common[0] for c in common)
+    assert set(configs) == NAMES
+
+    def common(name, without):
+        return {
+            k: v for k, v in configs[name].items() if k not in without and not k.startswith(("reflora_", "lorasb_"))
+        }
+
+    for name in NAMES:
+        without = METHOD_KEYS | (LORA_SB_KEYS if name == "lora_sb" else set())
+        assert common(name, without) == common("lora", without)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
@@ -97,6 +108,9 @@ def test_unknown_key_is_an_error(tmp_path):
     ("arguments", "message"),
     [
         (["--method", "dora"], "method must be one of"),
+        (["--init", "pissa"], "init must be one of"),
+        (["--method", "lora_sb", "--init", "lora_sb"], "init is for lora, reflora and reflora_s"),
+        (["--lorasb_num_samples", "0"], "num_samples must be at least 1"),
         (["--score", "bleu"], "score must be one of"),
         (["--prompt_template", "{x}"], "belong together"),
         (["--system_prompt", "x"], "system_prompt needs"),
@@ -111,6 +125,10 @@ def test_wrong_values_raise(arguments, message):
 def test_settings_of_another_method_raise(tmp_path):
     for arguments, message in (
         (["--method", "lora", "--reflora_interval", "2"], "reflora_interval"),
+        (["--method", "lora_sb", "--reflora_interval", "2"], "reflora_interval"),
+        (["--method", "reflora", "--lorasb_passes", "2"], "lorasb_passes"),
+        (["--method", "lora_xs", "--lorasb_passes", "2"], "lorasb_passes"),
+        (["--method", "lora_sb", "--lora_alpha", "8"], "lora_alpha"),
         (["--use_peft", "false"], "leave use_peft true"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -167,6 +185,39 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert "before" in output
     assert "after" in output
     assert str(tmp_path) in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lora_sb"],
+        ["lora_sb", "--method", "lora_xs"],
+        ["reflora_sb_init"],
+        ["reflora_sb_init", "--method", "lora", "--lorasb_start_at_base", "true"],
+    ],
+    ids=lambda a: "_".join(a[::2]),
+)
+def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, arguments):
+    name, *more = arguments
+    if "lora_xs" in more:
+        text = (ROOT / "recipes/smollm2-135m/lora_sb.yaml").read_text(encoding="utf-8")
+        (tmp_path / "lora_xs.yaml").write_text(re.sub("lorasb_.*", "", text), encoding="utf-8")
+        more += ["--config", tmp_path / "lora_xs.yaml"]
+    output = tmp_path / "out"
+    run(*launch(1), "recipes/sft_reflora.py", *tiny_arguments(tiny_model, output, name), *more)
+    record = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
+    method = more[1] if more else name.removesuffix("_sb_init")
+    assert record["method"] == method
+    assert record["scores"]["after"]["loss"] < record["scores"]["before"]["loss"]
+    config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
+    if "sb_init" in name:
+        assert record["init"] == "lora_sb"
+        assert config["peft_type"] == "LORA"
+        assert any("reflora/balance_gap" in entry for entry in record["log"]) == (method == "reflora")
+    else:
+        assert (config["peft_type"], config["init_weights"]) == ("LORASB", method)
+        assert record["trainable_parameters"] == 2 * (2 * 20**2 + 2 * 16**2 + 3 * 20**2)
 
 
 @pytest.mark.slow

@@ -162,28 +162,43 @@ def test_dtype_float64_is_used_for_float32_factors():
 def test_imports_go_one_way():
     allowed = {
         "refactor": set(),
+        "backend": set(),
         "pairs": set(),
         "step": {"refactor", "pairs"},
         "optimizer": {"pairs", "step"},
-        "callbacks": {"optimizer", "pairs", "step"},
-        "arguments": {"callbacks"},
-        "trainer": {"callbacks"},
+        "callbacks": {"backend", "optimizer", "pairs", "step"},
+        "lora_sb.subspace": set(),
+        "lora_sb.gradients": set(),
+        "lora_sb.config": set(),
+        "lora_sb.layer": {"lora_sb.config", "lora_sb.subspace"},
+        "lora_sb.model": {"lora_sb.config", "lora_sb.layer"},
+        "lora_sb.initialize": {f"lora_sb.{name}" for name in ("config", "gradients", "layer", "subspace")},
+        "lora_sb.callback": {"backend", *(f"lora_sb.{name}" for name in ("initialize", "model", "subspace"))},
+        "arguments": {"callbacks", "lora_sb"},
+        "trainer": {"callbacks", "lora_sb"},
+        "export": {"lora_sb", "lora_sb.subspace"},
+        "cli": {"export"},
     }
     found, foreign = {}, {}
-    for path in Path(hf_reflora.__file__).parent.glob("*.py"):
+    folder = Path(hf_reflora.__file__).parent
+    for path in folder.rglob("*.py"):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts)
         imports = [
             node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
         ]
         inner = [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
-        found[path.stem] = {
-            m for node in inner for m in ([node.module] if node.module else [a.name for a in node.names])
-        }
+        found[name] = set()
+        for node in inner:
+            package = name.split(".")[: -node.level]
+            modules = [node.module] if node.module else [a.name for a in node.names]
+            found[name] |= {".".join([*package, module]) for module in modules}
         outer = [node.module for node in imports if isinstance(node, ast.ImportFrom) and not node.level]
         outer += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
-        foreign[path.stem] = {name.split(".")[0] for name in outer}
+        foreign[name] = {name.split(".")[0] for name in outer}
     for name, targets in allowed.items():
         assert found[name] <= targets, name
     graphlib.TopologicalSorter(found).prepare()  # raises CycleError
     assert not any("hf_reflora" in names for names in foreign.values())
-    assert foreign["refactor"] <= {"torch"} | sys.stdlib_module_names
+    for name in ("refactor", "lora_sb.subspace"):
+        assert foreign[name] <= {"torch"} | sys.stdlib_module_names
     assert "peft" not in foreign["step"] | foreign["optimizer"]

@@ -37,9 +37,9 @@ def initialize_lora_sb_weights(
     """Initializes an adapter with LoRA-SB (https://huggingface.co/papers/2411.19557, Equations 5 to 8).
 
     ΔW is what the optimizer's first step would be in full fine-tuning on these samples, U S Vᵀ its best approximation
-    of rank r. Of a LoRA-SB adapter B = U, R = diag(S)/s, A = Vᵀ; of an ordinary LoRA adapter B = U √S/√s, A = √S Vᵀ/√s,
-    which is of full rank and balanced, so that RefLoRA works from the first step. Both start at W0 + ΔW, as in the
-    paper, and leave W0 untouched.
+    of rank r. Of a LoRA-SB adapter B = U, R = diag(S)/s, A = Vᵀ; of an ordinary LoRA adapter B = U √S/√s and
+    A = √S Vᵀ/√s, which is of full rank and balanced, so that RefLoRA works from the first step. Both start at W0 + ΔW,
+    as in the paper, and leave W0 untouched.
 
     Gradients are those of full fine-tuning (of the model without adapters), also of frozen and quantized weights. They
     are taken without dropout, in evaluation mode; gradient checkpointing goes on. Random states are left as they were.
@@ -84,6 +84,12 @@ def initialize_lora_sb_weights(
     if passes is not None and passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}.")
     layers = adapter_layers(model, adapter_name)
+    init_weights = getattr(model.peft_config[adapter_name], "init_weights", "lora_sb")
+    if init_weights != "lora_sb":
+        raise ValueError(
+            f"The adapter {adapter_name!r} has init_weights={init_weights!r} and is initialized already. Make it with "
+            'LoraSbConfig(init_weights="lora_sb").'
+        )
     batches = list(dataloader)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if not batches and processes == 1:
@@ -164,17 +170,11 @@ def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, BaseTunerLa
         for name, module in model.named_modules()
         if isinstance(module, LoraSbLayer | LoraLayer) and adapter_name in module.r
     }
-    if isinstance(config, LoraSbConfig):
-        if config.init_weights != "lora_sb":
-            raise ValueError(
-                f"The adapter {adapter_name!r} has init_weights={config.init_weights!r} and is initialized already. "
-                'Make it with LoraSbConfig(init_weights="lora_sb").'
-            )
-    elif type(config) is not LoraConfig:
+    if type(config) not in (LoraSbConfig, LoraConfig):
         raise ValueError(
             f"The adapter {adapter_name!r} is a {type(config).__name__}; LoRA-SB initializes LoraSbConfig, LoraConfig."
         )
-    elif config.init_lora_weights is not True:
+    if isinstance(config, LoraConfig) and config.init_lora_weights is not True:
         raise ValueError(
             f"The adapter {adapter_name!r} has init_lora_weights={config.init_lora_weights!r}, another start. "
             "Make it with init_lora_weights=True."

@@ -1,0 +1,151 @@
+"""LoRA-SB adapters as ordinary LoRA adapters that stock PEFT, vLLM or llama.cpp load."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .lora_sb import LoraSbConfig
+from .lora_sb.subspace import balanced_factors
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote: the ranks by layer, and what re-truncation lost, ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F (0 if exact)."""
+
+    ranks: dict[str, int]
+    relative_error: float
+    relative_error_by_layer: dict[str, float]
+
+
+def export_lora(
+    adapter: PeftModel | str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    rank: int | None = None,
+    adapter_name: str = "default",
+) -> ExportReport:
+    """Writes a LoRA-SB (or LoRA-XS) adapter as an ordinary LoRA adapter: lora_B = s B R, lora_A = A, exactly.
+
+    The LoRA has `lora_alpha = r` in every layer, so its scaling is 1 for every reader. Stock PEFT loads it without
+    hf_reflora, onto the same base model; it also can be trained on. `modules_to_save` go along.
+
+    Args:
+        adapter: A `PeftModel`, a folder with a saved adapter, or its id on the Hub. The base model is not needed.
+        output_dir: Folder to write; it must not exist or be empty. It appears whole or not at all.
+        rank: If given, keep only that many singular triplets of each ΔW: smaller and not exact; the report states
+            the error. A layer whose own rank is smaller keeps it.
+        adapter_name: Which adapter of a `PeftModel`.
+
+    Returns:
+        The ranks and the error of re-truncation.
+
+    Raises:
+        ValueError: for an adapter of another kind, one that is not initialized, lacks a tensor or is not finite; for
+            `rank` out of range.
+        FileExistsError: if `output_dir` has files.
+    """
+    config, tensors = _load(adapter, adapter_name)
+    if rank is not None and not 1 <= rank <= max(config.r, *config.rank_pattern.values(), 1):
+        raise ValueError(f"rank must be between 1 and the adapter's own rank, {config.r}; got {rank}.")
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty. Choose another folder or remove it.")
+    layers, others = _layers(tensors)
+    folded, ranks, lost, whole = dict(others), {}, {}, {}
+    for name, (A, B, R) in layers.items():
+        lora_A, lora_B = A.double(), config.scaling * (B.double() @ R.double())  # s B R A = lora_B lora_A
+        energy = (lora_B.T @ lora_B @ lora_A @ lora_A.T).trace().item()  # ‖lora_B lora_A‖_F²
+        lost[name], whole[name] = 0.0, energy
+        if rank is not None and rank < len(lora_A):
+            lora_A, lora_B, lost[name] = _truncate(lora_A, lora_B, rank)
+        ranks[name] = len(lora_A)
+        folded[f"{name}.lora_A.weight"] = lora_A.float().contiguous()
+        folded[f"{name}.lora_B.weight"] = lora_B.float().contiguous()
+    _write(output, _lora_config(config, ranks), folded)
+    return ExportReport(
+        ranks={_module(name): r for name, r in ranks.items()},
+        relative_error=(sum(lost.values()) / (sum(whole.values()) or 1)) ** 0.5,
+        relative_error_by_layer={_module(name): (lost[name] / (whole[name] or 1)) ** 0.5 for name in ranks},
+    )
+
+
+def _load(adapter: PeftModel | str | os.PathLike, adapter_name: str) -> tuple[LoraSbConfig, dict[str, Tensor]]:
+    if isinstance(adapter, PeftModel):
+        if adapter_name not in adapter.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}; the model has {', '.join(adapter.peft_config)}.")
+        config = adapter.peft_config[adapter_name]
+    else:
+        config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, LoraSbConfig):
+        name = getattr(config.peft_type, "value", config.peft_type)
+        hint = (
+            "It is an ordinary LoRA already." if name == "LORA" else "Only LoRA-SB and LoRA-XS adapters can be folded."
+        )
+        raise ValueError(f"export_lora folds LORASB adapters; this one is {name}. {hint}")
+    if isinstance(adapter, PeftModel):
+        return config, get_peft_model_state_dict(adapter, adapter_name=adapter_name)
+    return config, load_peft_weights(str(adapter), device="cpu")
+
+
+def _layers(tensors: dict[str, Tensor]) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """(A, B, R) by layer, and the other tensors."""
+    kinds = (".lorasb_A", ".lorasb_B", ".lorasb_R")
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    names = sorted({name.removesuffix(kind) for name in tensors for kind in kinds if name.endswith(kind)})
+    missing = [name + kind for name in names for kind in kinds if name + kind not in tensors]
+    if missing or not names:
+        raise ValueError(f"The adapter is not whole: it lacks {', '.join(missing) or 'A, B and R of any layer'}.")
+    layers = {name: [tensors.pop(name + kind) for kind in kinds] for name in names}
+    for name, (A, B, R) in layers.items():
+        if not all(torch.isfinite(tensor).all() for tensor in (A, B, R)):
+            raise ValueError(f"The adapter has values that are not finite, in {_module(name)}.")
+        if not A.any():
+            raise ValueError(f"The adapter is not initialized yet: A is 0 in {_module(name)}. Train it first.")
+    return layers, tensors
+
+
+def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of a smaller rank, and the energy ‖·‖_F² they miss; through the r×r core of two QRs."""
+    Q_B, R_B = torch.linalg.qr(lora_B)
+    Q_A, R_A = torch.linalg.qr(lora_A.T)
+    U, S, Vt = torch.linalg.svd(R_B @ R_A.T)
+    B, A = balanced_factors(Q_B @ U[:, :rank], S[:rank], Q_A @ Vt[:rank].T)
+    return A, B, S[rank:].square().sum().item()
+
+
+def _module(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
+    r = max(ranks.values())
+    pattern = {_module(name): own for name, own in ranks.items() if own != r}
+    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "target_modules", "exclude_modules")
+    kept += ("layers_to_transform", "layers_pattern", "modules_to_save")
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        lora_dropout=config.lorasb_dropout,
+        init_lora_weights=True,
+        inference_mode=True,
+        **{name: getattr(config, name) for name in kept},
+    )
+
+
+def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as unfinished:
+        config.save_pretrained(unfinished)
+        save_file(tensors, Path(unfinished) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        os.chmod(unfinished, 0o755)
+        os.replace(unfinished, output)  # an empty folder may be there
+        os.mkdir(unfinished)  # for TemporaryDirectory to remove
