@@ -17,8 +17,8 @@ help: ## Show this help
 demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 10 minutes on 2 cores)
 	$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
-compare: $(VENV)/demo ## The demo with LoRA, RefLoRA and RefLoRA-S, then a table of the three
-	for method in lora reflora reflora_s; do \
+compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, then a table of them
+	for method in lora reflora reflora_s lora_sb reflora_sb_init; do \
 		$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/$$method.yaml || exit 1; \
 	done
 	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import sft_reflora
 import tiny
+from peft import get_peft_model
+
+from hf_reflora import LoraSbConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +20,7 @@ RECORDS = ROOT / "benchmarks" / "records"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
+import init_cost  # noqa: E402
 import step_cost  # noqa: E402
 
 
@@ -58,7 +62,7 @@ def test_make_runs_what_the_readme_says(tmp_path):
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.split("\n")[-2][:40])
 def test_snippets_run(snippet, tmp_path):
     """With a tiny model in place of the Hub's and of what `...` leaves out."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from torch.optim import Optimizer
     from trl import SFTConfig, SFTTrainer
 
@@ -104,6 +108,27 @@ def test_demo_meets_its_promise():
 def test_cost_table_is_the_record():
     record = json.loads((RECORDS / "step_cost.json").read_text(encoding="utf-8"))
     assert step_cost.table(record["seconds"]) in README
+
+
+def test_initialization_tables_are_the_record():
+    record = json.loads((RECORDS / "init_cost.json").read_text(encoding="utf-8"))
+    assert init_cost.memory_table(record["memory"]) in README
+    assert init_cost.svd_table(record["svd"]) in README
+    step = record["memory"]["a LoRA training step"]["gb"]
+    assert record["memory"]["LoRA-SB"]["gb"] <= step
+    assert all(ways["block Krylov"]["missed_energy"] <= 1e-4 for ways in record["svd"].values())
+
+
+def test_export_command_runs(tmp_path):
+    """The README's `hf-reflora export …`, on a folder of the same name."""
+    [line] = re.findall(r"^ +hf-reflora (export .*)$", README, re.M)
+    command, source, target = line.split()
+    config = LoraSbConfig(r=4, target_modules=["q_proj"], init_weights=False)
+    get_peft_model(tiny.llama(), config).save_pretrained(tmp_path / source)
+    program = Path(sys.executable).parent / "hf-reflora"
+    done = subprocess.run([program, command, source, target], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "LoRA of rank 4 in 2 layers" in done.stdout
+    assert (tmp_path / target / "adapter_model.safetensors").exists()
 
 
 def test_records_of_unlike_runs_are_not_compared(tmp_path):

@@ -1,0 +1,197 @@
+"""What LoRA-SB's initialization costs: peak memory against a LoRA training step and against keeping all gradients, and
+its truncated SVD against torch's.
+
+    python benchmarks/init_cost.py [--rank 20] [--device cpu]
+
+On SmolLM2-135M out of the wheel (all linear layers, bfloat16) and 25 rows of the demo's data in batches of 4. Each way
+runs in a process of its own; memory is the peak above what the loaded model takes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_reflora import LoraSbConfig, initialize_lora_sb_weights
+from hf_reflora.lora_sb.gradients import frozen, weight_gradients
+from hf_reflora.lora_sb.subspace import truncated_svd
+from hf_reflora.record import environment, write_json
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import embedded_model  # noqa: E402
+
+
+WAYS = {
+    "a LoRA training step": "three AdamW steps of a LoRA of the same rank, same batches",
+    "LoRA-SB": "the default: sums of gradients within a LoRA's optimizer memory",
+    "LoRA-SB, 1 pass": "all sums of gradients at once",
+    "all gradients": "of every weight, summed in the model's dtype, then signs, as the authors' code does",
+}
+LAYERS = ("model.layers.0.mlp.down_proj", "model.layers.15.self_attn.q_proj", "model.layers.29.mlp.up_proj")
+ETA = 4e-4
+
+
+def load(device: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    path = embedded_model.resolve(embedded_model.NAME)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager").to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    lines = (ROOT / "recipes/data/tool_calls/train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = ["{request} {call}".format(**json.loads(line)) for line in lines[:25]]
+    batches = []
+    for i in range(0, len(texts), 4):
+        batch = tokenizer(texts[i : i + 4], padding="max_length", max_length=128, truncation=True, return_tensors="pt")
+        batches.append(dict(batch) | {"labels": batch.input_ids.masked_fill(batch.attention_mask == 0, -100)})
+    return model, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+def lora_step(model, batches, rank: int) -> None:
+    model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for batch in batches[:3]:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def all_gradients(model, batches, rank: int) -> None:
+    linear = {name + ".weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {
+        "lm_head.weight"
+    }
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        model(**batch).loss.backward()
+        for name, parameter in model.named_parameters():
+            sums[name] = sums[name] + parameter.grad if name in sums else parameter.grad
+            parameter.grad = None
+    updates = {name: -ETA * total.sign() for name, total in sums.items()}
+    for name in linear:
+        torch.svd_lowrank(updates[name].float(), q=rank, niter=10)
+
+
+def measure(way: str, rank: int, device: str) -> dict[str, float]:
+    model, batches = load(device)
+    settings = {"eta": ETA, "show_progress_bar": False}
+    work = {
+        "a LoRA training step": lambda: lora_step(model, batches, rank),
+        "LoRA-SB": lambda: initialize_lora_sb_weights(
+            get_peft_model(model, LoraSbConfig(r=rank, target_modules="all-linear")), batches, **settings
+        ),
+        "LoRA-SB, 1 pass": lambda: initialize_lora_sb_weights(
+            get_peft_model(model, LoraSbConfig(r=rank, target_modules="all-linear")), batches, passes=1, **settings
+        ),
+        "all gradients": lambda: all_gradients(model, batches, rank),
+    }[way]
+    reset_peak(device)
+    before, begin = memory(device, "VmRSS"), time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begin
+    return {"gb": memory(device, "VmHWM") - before, "seconds": seconds}
+
+
+def reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(device: str, kind: str) -> float:
+    """GB: of this process now (VmRSS) or at its peak (VmHWM)."""
+    if device.startswith("cuda"):
+        used = torch.cuda.memory_allocated() if kind == "VmRSS" else torch.cuda.max_memory_allocated()
+        return used / 1e9
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[kind].split()[0]) * 1024 / 1e9
+
+
+def compare_svds(rank: int, device: str) -> dict[str, dict[str, dict[str, float]]]:
+    """By layer and way: seconds (the faster of two), and the share of the best rank-r energy that is missed."""
+    model, batches = load(device)
+    with frozen(model), weight_gradients({name: model.get_submodule(name) for name in LAYERS}) as sums:
+        for batch in batches:
+            model(**batch).loss.backward()
+    matrices = {name: (G.sign(), rank) for name, G in sums.items()}
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.arange(1, 401) ** -0.5
+    low = torch.randn(4096, 400, generator=generator) * decay @ torch.randn(400, 14336, generator=generator)
+    noise = torch.randn(low.shape, generator=generator)
+    matrices["rank 400, decaying, and noise"] = ((low + noise).sign().to(device), 96)
+    found = {}
+    for name, (M, r) in matrices.items():
+        best = torch.linalg.eigvalsh(gram(M))[-r:].sum()
+        found[f"{name}, {M.shape[0]} × {M.shape[1]}, r = {r}"] = {
+            "block Krylov": timed_svd(lambda M: truncated_svd(M, r)[0], M, best),  # noqa: B023
+            "svd_lowrank, niter=10": timed_svd(lambda M: torch.svd_lowrank(M, r, niter=10)[0], M, best),  # noqa: B023
+            "svd_lowrank, niter=40": timed_svd(lambda M: torch.svd_lowrank(M, r, niter=40)[0], M, best),  # noqa: B023
+        }
+    return found
+
+
+def gram(M: torch.Tensor) -> torch.Tensor:
+    M = (M if M.shape[0] <= M.shape[1] else M.T).double()
+    return M @ M.T
+
+
+def timed_svd(svd, M: torch.Tensor, best: torch.Tensor) -> dict[str, float]:
+    times = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        U = svd(M)
+        if M.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    captured = (torch.linalg.qr(U.double()).Q.T @ M.double()).square().sum()
+    return {"seconds": min(times), "missed_energy": (1 - captured / best).item()}
+
+
+def memory_table(results: dict[str, dict[str, float]]) -> str:
+    step = results["a LoRA training step"]
+    rows = ["| | peak above the model | ratio to a LoRA step | seconds |", "| --- | ---: | ---: | ---: |"]
+    for way, found in results.items():
+        seconds = "" if found is step else f"{found['seconds']:.0f}"
+        rows.append(f"| {way} | {found['gb']:.2f} GB | {found['gb'] / step['gb']:.2f} | {seconds} |")
+    return "\n".join(rows)
+
+
+def svd_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    rows = ["| layer | way | ms | ratio | energy missed |", "| --- | --- | ---: | ---: | ---: |"]
+    for layer, ways in results.items():
+        for way, found in ways.items():
+            ratio = found["seconds"] / ways["block Krylov"]["seconds"]
+            missed = max(found["missed_energy"], 0)
+            rows.append(f"| {layer} | {way} | {found['seconds'] * 1e3:.0f} | {ratio:.1f} | {missed:.0e} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--record", type=Path, help="write the figures and the environment to this JSON file")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # one way, in this process
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options.way, options.rank, options.device)))
+        sys.exit()
+    results = {}
+    for way in WAYS:
+        print(f"{way}: {WAYS[way]} ...", file=sys.stderr)
+        command = [sys.executable, __file__, "--way", way, "--rank", str(options.rank), "--device", options.device]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results[way] = json.loads(done.stdout.splitlines()[-1])
+    svds = compare_svds(options.rank, options.device)
+    print(memory_table(results), svd_table(svds), sep="\n\n")
+    if options.record:
+        facts = {"memory": results, "svd": svds, "rank": options.rank, "device": options.device}
+        facts |= {"threads": torch.get_num_threads(), "environment": environment(Path(__file__).parent)}
+        write_json(options.record, facts)
