@@ -125,8 +125,15 @@ def _module(name: str) -> str:
 
 
 def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
+    ranks = {_module(name): own for name, own in ranks.items()}
     r = max(ranks.values())
-    pattern = {_module(name): own for name, own in ranks.items() if own != r}
+
+    def key(name: str) -> str:
+        # PEFT's patterns match the ends of names, too: "lin" would be the rank of "sub.lin".
+        clash = any(other.endswith("." + name) and ranks[other] != ranks[name] for other in ranks)
+        return "^" + name if clash else name
+
+    pattern = {key(name): own for name, own in ranks.items() if own != r}
     kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "target_modules", "exclude_modules")
     kept += ("layers_to_transform", "layers_pattern", "modules_to_save")
     return LoraConfig(

@@ -3,6 +3,7 @@
 from transformers import Trainer
 from trl import SFTTrainer
 
+from . import papers
 from .callbacks import RefLoraCallback
 from .lora_sb import LoraSbCallback
 
@@ -65,19 +66,7 @@ class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
 
     _tag_names = ["trl", "sft", "reflora"]
     _name = "SFT (RefLoRA)"
-    _paper = {
-        "title": "RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models",
-        "id": "2505.18877",
-        # docstyle-ignore
-        "citation": """\
-@inproceedings{zhang2025reflora,
-    title        = {{RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models}},
-    author       = {Yilang Zhang and Bingcong Li and Georgios B. Giannakis},
-    year         = 2025,
-    booktitle    = {Advances in Neural Information Processing Systems},
-    eprint       = {2505.18877},
-}""",
-    }
+    _paper = papers.REFLORA
 
 
 class LoraSbSFTTrainer(SFTTrainer):
@@ -100,21 +89,7 @@ class LoraSbSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "lora-sb"]
     _name = "SFT (LoRA-SB)"
-    _paper = {
-        "title": "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank "
-        "Fine-Tuning",
-        "id": "2411.19557",
-        # docstyle-ignore
-        "citation": """\
-@article{ponkshe2024initialization,
-    title        = {{Initialization using Update Approximation is a Silver Bullet for Extremely Efficient
-                    Low-Rank Fine-Tuning}},
-    author       = {Kaustubh Ponkshe and Raghav Singhal and Eduard Gorbunov and Alexey Tumanov and Samuel Horvath and
-                    Praneeth Vepakomma},
-    year         = 2024,
-    eprint       = {2411.19557},
-}""",
-    }
+    _paper = papers.LORA_SB
 
     def __init__(self, *args, lora_sb: LoraSbCallback | None = None, callbacks: list | None = None, **kwargs):
         if any(isinstance(c, LoraSbCallback) or c is LoraSbCallback for c in callbacks or []):
@@ -125,3 +100,8 @@ class LoraSbSFTTrainer(SFTTrainer):
         self.lora_sb = LoraSbCallback() if lora_sb is None else lora_sb
         super().__init__(*args, callbacks=[*(callbacks or []), self.lora_sb], **kwargs)
         self.lora_sb.check(self.args, self.model)
+        if self.compute_loss_func is not None and self.lora_sb.forward_fn is None:
+            raise ValueError(
+                "The loss is not the model's own (compute_loss_func). Give LoraSbCallback(forward_fn=...), which "
+                "computes it."
+            )

@@ -173,9 +173,10 @@ def test_imports_go_one_way():
         "lora_sb.layer": {"lora_sb.config", "lora_sb.subspace"},
         "lora_sb.model": {"lora_sb.config", "lora_sb.layer"},
         "lora_sb.initialize": {f"lora_sb.{name}" for name in ("config", "gradients", "layer", "subspace")},
-        "lora_sb.callback": {"backend", *(f"lora_sb.{name}" for name in ("initialize", "model", "subspace"))},
+        "lora_sb.callback": {"backend", *(f"lora_sb.{n}" for n in ("gradients", "initialize", "model", "subspace"))},
         "arguments": {"callbacks", "lora_sb"},
-        "trainer": {"callbacks", "lora_sb"},
+        "papers": set(),
+        "trainer": {"callbacks", "lora_sb", "papers"},
         "export": {"lora_sb", "lora_sb.subspace"},
         "cli": {"export"},
     }

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..backend import check_backend, inner_optimizer
+from .gradients import random_states_kept
 from .initialize import adapter_layers, initialize_lora_sb_weights, is_initialized
 from .model import restore_float32
 from .subspace import UPDATES
@@ -98,17 +99,18 @@ class LoraSbCallback(TrainerCallback):
         if state.global_step > 0 or is_initialized(model, self.adapter_name):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return
-        initialize_lora_sb_weights(
-            model,
-            self._batches(args, train_dataloader),
-            eta=first_learning_rate(optimizer, lr_scheduler) if self.eta is None else self.eta,
-            update=update_of(optimizer) if self.update is None else self.update,
-            forward_fn=self.forward_fn,
-            adapter_name=self.adapter_name,
-            start_at_base=self.start_at_base,
-            passes=self.passes,
-            show_progress_bar=not args.disable_tqdm,
-        )
+        with random_states_kept():  # samples may be drawn at random
+            initialize_lora_sb_weights(
+                model,
+                self._batches(args, train_dataloader),
+                eta=first_learning_rate(optimizer, lr_scheduler) if self.eta is None else self.eta,
+                update=update_of(optimizer) if self.update is None else self.update,
+                forward_fn=self.forward_fn,
+                adapter_name=self.adapter_name,
+                start_at_base=self.start_at_base,
+                passes=self.passes,
+                show_progress_bar=not args.disable_tqdm,
+            )
 
     def _batches(self, args, train_dataloader) -> DataLoader:
         """This process's share of the samples: drawn with `args.seed`, collated as in training."""

@@ -95,5 +95,10 @@ class LoraSbConfig(PeftConfig):
             raise ValueError(f"lorasb_dropout must be in [0, 1), got {self.lorasb_dropout}.")
         if not any(self.init_weights is v if isinstance(v, bool) else self.init_weights == v for v in INIT_WEIGHTS):
             raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform needs target_modules as a list of names, got {self.target_modules!r}: a regular "
+                "expression can name the layers itself."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: give both or none.")

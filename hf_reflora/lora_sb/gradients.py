@@ -1,7 +1,7 @@
 """Gradients of frozen weights, also quantized ones, from activations and output gradients: G = δᵀ x."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -45,6 +45,7 @@ def weight_gradients(
         The sums by name, (out, in), in float32 (float64 for float64 outputs). A layer no gradient reaches is absent.
     """
     sums: dict[str, Tensor] = {}
+    uses: dict[str, int] = dict.fromkeys(modules, 0)
     handles = []
 
     def add(name: str, delta: Tensor, x: Tensor) -> None:
@@ -54,18 +55,26 @@ def weight_gradients(
             sums[name] = delta.T @ x
         else:
             sums[name].addmm_(delta.T, x)  # G = δᵀ x
+        uses[name] -= 1
 
     def watch(name: str, module: nn.Module) -> None:
         # A leaf that requires gradients: the graph begins at the first layer watched, whatever is frozen.
         anchor = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
 
         def hook(module, args, output):
+            if torch._C._current_graph_task_id() == -1:  # not the second time, of gradient checkpointing
+                uses[name] += 1
             return _AddGradient.apply(anchor, args[0], output, partial(add, name))
 
         handles.append(module.register_forward_hook(hook))
         if complete is not None:
-            # Autograd accumulates into a leaf once, after all uses of it in the graph: of a shared layer, too.
-            anchor.register_post_accumulate_grad_hook(lambda _: complete(name, sums.pop(name)))
+            # Autograd accumulates into a leaf once, after all uses of it in the graph: of a shared layer, too. But
+            # with reentrant checkpointing each checkpoint is a graph.
+            anchor.register_post_accumulate_grad_hook(lambda _: finish(name))
+
+    def finish(name: str) -> None:
+        if uses[name] == 0:
+            complete(name, sums.pop(name))
 
     try:
         for name, module in modules.items():
@@ -74,6 +83,18 @@ def weight_gradients(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def random_states_kept(cuda_devices: Sequence[int] = ()) -> Iterator[None]:
+    """Restores the random states of PyTorch (on the CPU and these devices), Python and NumPy afterwards."""
+    random_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=cuda_devices):
+            yield
+    finally:
+        random.setstate(random_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
@@ -87,12 +108,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     checkpointed = [
         m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
     ]
+    forwards = [(layer, layer.__dict__.get("forward")) for layer in checkpointed]
     configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
     use_cache = [(config, config.use_cache) for config in configs]
-    random_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with random_states_kept(devices), torch.enable_grad():
             model.eval()
+            for module in model.modules():
+                # In evaluation mode bitsandbytes repacks 4-bit weights on CPUs, for products without a backward pass.
+                if any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__):
+                    module.train()
             for parameter, _ in requires_grad:
                 parameter.requires_grad_(False)
             for config in configs:
@@ -101,10 +127,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 layer.forward = _checkpointing(layer)
             yield
     finally:
-        random.setstate(random_state)
-        np.random.set_state(numpy_state)
-        for layer in checkpointed:
-            layer.__dict__.pop("forward", None)
+        for layer, forward in forwards:
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:  # the layer's own, such as that of accelerate's hooks
+                layer.forward = forward
         for config, value in use_cache:
             config.use_cache = value
         for parameter, value in requires_grad:

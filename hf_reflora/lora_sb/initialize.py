@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from .config import LoraSbConfig
-from .gradients import frozen, weight_gradients
+from .gradients import frozen, random_states_kept, weight_gradients
 from .layer import LoraSbLayer
 from .subspace import UPDATES, balanced_factors, first_update, sb_factors, truncated_svd
 
@@ -60,10 +61,10 @@ def initialize_lora_sb_weights(
         start_at_base: Start exactly at W0 instead: R = 0 in LoRA-SB, B = 0 in LoRA, in the same subspace. (B = 0 is
             not balanced: RefLoRA's first step is then a plain one.)
         passes: Forward and backward passes over the samples, each for a part of the layers whose float32 sums of
-            gradients (4 · out · in bytes) are in memory together. Default: 1 for a single batch in a single process,
-            where one layer's gradient is in memory at a time; otherwise so many that the sums take no more than the
-            gradients and Adam moments of a LoRA of the same rank would (12 · r · (out + in) bytes per layer), so that
-            training such a LoRA on these batches would need no less. 1 is fastest.
+            gradients (4 · out · in bytes) are in memory together; 1 is fastest. Default: 1 for a single batch in a
+            single process, where one layer's gradient is in memory at a time; otherwise so many that the sums and the
+            new factors take no more than the gradients and Adam moments of a LoRA of the same rank would, which are
+            12 · r · (out + in) bytes a layer: training that LoRA on these batches needs no less.
         show_progress_bar: On the main process.
 
     Raises:
@@ -90,7 +91,8 @@ def initialize_lora_sb_weights(
             f"The adapter {adapter_name!r} has init_weights={init_weights!r} and is initialized already. Make it with "
             'LoraSbConfig(init_weights="lora_sb").'
         )
-    batches = list(dataloader)
+    with random_states_kept():
+        batches = list(dataloader)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if not batches and processes == 1:
         raise ValueError("The dataloader has no batches.")
@@ -111,11 +113,13 @@ def initialize_lora_sb_weights(
             )
         if not torch.isfinite(G).all():
             raise ValueError(f"The gradient of {name} is not finite. Look at the data, or use bfloat16 for float16.")
-        progress.update()
-        return truncated_svd(first_update(G / labels.to(G), eta, update), layers[name].r[adapter_name])
+        return truncated_svd(first_update(G.div_(labels.to(G)), eta, update), layers[name].r[adapter_name])
+
+    results: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # all or none are set
 
     def store(name: str, U: Tensor, S: Tensor, V: Tensor) -> None:
-        _set_factors(layers[name], adapter_name, U, S, V, start_at_base)
+        results[name] = U, S, V
+        progress.update()
 
     with progress, frozen(model), model.disable_adapter():
         device = next(model.parameters()).device
@@ -132,7 +136,7 @@ def initialize_lora_sb_weights(
                 for batch in batches:
                     loss, count = (forward_fn or mean_loss)(model, send_to_device(batch, device))
                     labels += count
-                    if count > 0:
+                    if count > 0 and loss.requires_grad:
                         (loss * count).backward()
                     progress.update()
             if processes > 1:
@@ -140,6 +144,8 @@ def initialize_lora_sb_weights(
             else:
                 for name in sorted(waiting, key=group.index):
                     store(name, *factors(name, sums.pop(name, None), labels))
+    for name, USV in results.items():
+        _set_factors(layers[name], adapter_name, *USV, start_at_base)
 
 
 def mean_loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | int]:
@@ -155,6 +161,7 @@ def mean_loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor 
             f"{', '.join(inputs)}. Give forward_fn, which returns the mean loss and the number of labels."
         )
     causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    causal |= type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # GPT-2 has no loss_type
     if fused or (causal and "shift_labels" not in inputs and not base.config.is_encoder_decoder):
         labels = labels[..., 1:]
     return output.loss, labels.ne(-100).sum()
@@ -208,19 +215,28 @@ def is_initialized(model: PeftModel, adapter_name: str) -> bool:
 
 def _split(layers: dict[str, BaseTunerLayer], adapter_name: str, passes: int | None) -> list[list[str]]:
     """Layers in groups of similar size: see `passes` above."""
+    groups: list[list[str]]
     sums = {name: 4 * layer.out_features * layer.in_features for name, layer in layers.items()}
     if passes is None:
         ranks = ((layer.r[adapter_name], layer) for layer in layers.values())
-        budget = sum(12 * r * (layer.out_features + layer.in_features) for r, layer in ranks)
-        room = budget - max(sums.values())  # a group may exceed its share by one layer
-        passes = min(len(layers), math.ceil(sum(sums.values()) / room)) if room > 0 else len(layers)
+        budget = sum(8 * r * (layer.out_features + layer.in_features) for r, layer in ranks)
+        groups, room = [], 0
+        for name, size in sums.items():
+            if size > room:
+                groups.append([])
+                room = max(budget, size)
+            groups[-1].append(name)
+            room -= size
+        return groups
     passes = min(passes, len(layers))
-    groups: list[list[str]] = [[] for _ in range(passes)]
-    before = 0
-    for name, size in sums.items():
-        groups[before * passes // sum(sums.values())].append(name)
+    groups, before = [[]], 0
+    for i, (name, size) in enumerate(sums.items()):
+        full = before * passes >= sum(sums.values()) * len(groups)
+        if groups[-1] and (full or len(sums) - i == passes - len(groups)):
+            groups.append([])
+        groups[-1].append(name)
         before += size
-    return [group for group in groups if group]
+    return groups
 
 
 def _share(bases, layers, adapter_name, sums, labels, factors, store) -> None:
@@ -234,13 +250,14 @@ def _share(bases, layers, adapter_name, sums, labels, factors, store) -> None:
         G = sums.pop(name, None)
         if G is None:
             G = torch.zeros(layer.out_features, layer.in_features, device=labels.device)
+        G = G.float()  # of one dtype everywhere
         dist.reduce(G, dst=owner)
         if rank == owner:
             mine[name] = G
     error = None
     try:
         mine = {name: factors(name, mine.pop(name), labels) for name in list(mine)}
-    except ValueError as raised:
+    except (ValueError, RuntimeError) as raised:  # of the SVD, too: the others would wait for ever
         error = str(raised)
     errors: list[str | None] = [None] * processes
     dist.all_gather_object(errors, error)

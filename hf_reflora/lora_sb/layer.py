@@ -114,6 +114,8 @@ class LoraSbLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The device only: PEFT would round B and A to the base layer's dtype, and they were no longer orthonormal.
+        if adapter_name not in self.lorasb_R:
+            return
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None or device.type == "meta" or self.lorasb_R[adapter_name].device.type == "meta":
             return
@@ -198,10 +200,10 @@ class Linear(nn.Module, LoraSbLayer):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lorasb_R:
-                delta = self.get_delta_weight(name)
-                if safe_merge and not torch.isfinite(self._base_weight() + delta).all():
+                merged = self._base_weight_plus(self.get_delta_weight(name))
+                if safe_merge and not torch.isfinite(merged).all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                self._add_to_base_weight(delta)
+                self._set_base_weight(merged)
                 self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -213,38 +215,35 @@ class Linear(nn.Module, LoraSbLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lorasb_R:
-                self._add_to_base_weight(-self.get_delta_weight(name))
+                self._set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
 
-    def _base_weight(self) -> Tensor:
-        return dequantize_module_weight(self.get_base_layer()).detach()
+    def _base_weight_plus(self, delta: Tensor) -> Tensor:
+        weight = dequantize_module_weight(self.get_base_layer()).detach()
+        return (weight + delta.to(weight.device)).to(weight.dtype)
 
-    def _add_to_base_weight(self, delta: Tensor) -> None:
+    def _set_base_weight(self, weight: Tensor) -> None:
         base = self.get_base_layer()
         kind = type(base.weight).__name__
         if kind not in ("Params4bit", "Int8Params"):
-            base.weight.data += delta.to(base.weight.dtype)
+            base.weight.data = weight
             return
         import bitsandbytes as bnb
 
         old, state = base.weight, getattr(base, "state", None)
-        if kind == "Int8Params" and state.SCB is None:
-            state.SCB = old.SCB
-        weight = self._base_weight()
-        weight = (weight + delta.to(weight)).to("cpu")
         if kind == "Int8Params":
-            new = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+            new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
             state.reset_grads()
         else:
             settings = {k: v for k, v in vars(old).items() if k != "data" and not k.startswith("_")}
-            new = bnb.nn.Params4bit(weight, **settings | {"requires_grad": False, "bnb_quantized": False})
+            new = bnb.nn.Params4bit(weight.to("cpu"), **settings | {"requires_grad": False, "bnb_quantized": False})
         base.weight = new.to(old.device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # An adapter that was saved before its initialization has A = 0 and is still to be initialized.
         for name in self.lorasb_R:
             A = state_dict.get(f"{prefix}lorasb_A.{name}")
-            if A is not None and A.any():
-                self.initialized.add(name)
+            if A is not None:
+                (self.initialized.add if A.any() else self.initialized.discard)(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ def first_update(G: Tensor, eta: float, update: str = "sign") -> Tensor:
     Returns:
         ΔW, of the shape and dtype of G.
     """
-    return -eta * (G.sign() if update == "sign" else G)
+    return (G.sign() if update == "sign" else G.clone()).mul_(-eta)
 
 
 def truncated_svd(M: Tensor, r: int, *, depth: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
