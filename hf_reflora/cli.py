@@ -2,6 +2,8 @@
 
 import argparse
 
+from safetensors import SafetensorError
+
 from .export import export_lora
 
 
@@ -19,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         report = export_lora(options.adapter, options.output_dir, rank=options.rank)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         parser.exit(1, f"hf-reflora: {error}\n")
     ranks = sorted(set(report.ranks.values()))
     print(f"{options.output_dir}: LoRA of rank {', '.join(map(str, ranks))} in {len(report.ranks)} layers.")
@@ -31,3 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"Relative error of the update by truncation: {report.relative_error:.2e} in all, "
             f"{report.relative_error_by_layer[worst]:.2e} in the worst layer, {worst}."
         )
+
+
+if __name__ == "__main__":
+    main()

@@ -52,9 +52,10 @@ def export_lora(
         FileExistsError: if `output_dir` has files.
     """
     config, tensors = _load(adapter, adapter_name)
-    if rank is not None and not 1 <= rank <= max(config.r, *config.rank_pattern.values(), 1):
-        raise ValueError(f"rank must be between 1 and the adapter's own rank, {config.r}; got {rank}.")
-    output = Path(output_dir)
+    largest = max([config.r, *config.rank_pattern.values()])
+    if rank is not None and not (isinstance(rank, int) and 1 <= rank <= largest):
+        raise ValueError(f"rank must be an integer between 1 and the adapter's own rank, {largest}; got {rank}.")
+    output = Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty. Choose another folder or remove it.")
     layers, others = _layers(tensors)
@@ -108,7 +109,8 @@ def _layers(tensors: dict[str, Tensor]) -> tuple[dict[str, list[Tensor]], dict[s
             raise ValueError(f"The adapter has values that are not finite, in {_module(name)}.")
         if not A.any():
             raise ValueError(f"The adapter is not initialized yet: A is 0 in {_module(name)}. Train it first.")
-    return layers, tensors
+    # With lm_head adapted, PEFT saves its base weight, too.
+    return layers, {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
 
 
 def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

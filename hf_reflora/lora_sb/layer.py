@@ -65,6 +65,8 @@ class LoraSbLayer(BaseTunerLayer):
         self.lorasb_A[adapter_name] = torch.zeros(r, self.in_features)
         self.lorasb_B[adapter_name] = torch.zeros(self.out_features, r)
         if self.lorasb_R[adapter_name].device.type != "meta":  # low_cpu_mem_usage: the checkpoint brings all three
+            if self.merged:
+                self.unmerge()  # LoRA-XS takes W0 itself
             self._initialize(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import LoraSbConfig
@@ -49,16 +50,14 @@ class LoraSbModel(BaseTuner):
             target.update_layer(adapter_name, r, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear | Conv1D):
+        # nn.MultiheadAttention reads its out_proj's weight and never calls it.
+        if not isinstance(base, nn.Linear | Conv1D) or isinstance(base, NonDynamicallyQuantizableLinear):
             raise TypeError(
                 f"LoRA-SB cannot adapt {current_key}, a {type(base).__name__}: it knows torch.nn.Linear (and "
                 "the 4- and 8-bit ones of bitsandbytes) and transformers.pytorch_utils.Conv1D. Choose other "
                 "target_modules, put it into exclude_modules, or use LoraConfig."
             )
-        new_module = Linear(target, adapter_name, r, peft_config)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)  # a further adapter is not trainable by itself
-        self._replace_module(parent, target_name, new_module, target)
+        self._replace_module(parent, target_name, Linear(target, adapter_name, r, peft_config), target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Layers make their adapters in float32; without autocast PEFT promises the base layer's dtype.

@@ -30,7 +30,7 @@ def truncated_svd(M: Tensor, r: int, *, depth: int = 4, seed: int = 0) -> tuple[
 
     The space of `depth` blocks M (MᵀM)ʲ Ω of r + max(8, r/4) columns holds the leading singular vectors far better
     than as many power iterations do: of the sign of a gradient it misses less than 1e-4 of the energy of the best
-    rank-r matrix.
+    rank-r matrix, and up to 1e-2 where r reaches into a flat spectrum (noise), whose subspace is arbitrary.
     Matrices hardly larger than that space get an exact SVD.
 
     Args:

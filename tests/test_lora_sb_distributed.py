@@ -1,0 +1,77 @@
+"""LoRA-SB's initialization in two processes (gloo, started by `accelerate launch`) against one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import init_ddp
+import pytest
+import tiny
+import torch
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """What two processes and one process have written."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        [*launch, str(TESTS / "init_ddp.py"), str(two)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    init_ddp.train(one)
+    return two, one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", init_ddp.CASES)
+def test_two_processes_are_one(folders, case):
+    """Bit-identical factors in both processes, equal to those of one process on the same samples."""
+    two, one = folders
+    first, second, single = (torch.load(at / f"{case}-{rank}.pt") for at, rank in ((two, 0), (two, 1), (one, 0)))
+    assert (first["processes"], single["processes"]) == (2, 1)
+    assert len(first["start"]) == (8 if case == "lora" else 12)
+    tiny.assert_same(first["start"], second["start"])
+    tiny.assert_same(first["end"], second["end"])
+    for name, value in single["start"].items():
+        assert value.any()
+        assert (first["start"][name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+@pytest.mark.slow
+def test_samples_are_shared_out(folders):
+    """Every sample once, in one process or the other."""
+    two, one = folders
+    first, second, single = (torch.load(at / f"one pass-{i}.pt")["seen"] for at, i in ((two, 0), (two, 1), (one, 0)))
+    assert (len(first), len(second), len(single)) == (4, 3, init_ddp.SAMPLES)
+    assert sorted(first + second) == sorted(single)
+    assert torch.load(two / "one sample-1.pt")["seen"] == []
+
+
+@pytest.mark.slow
+def test_passes_do_not_matter(folders):
+    starts = [torch.load(folders[0] / f"{case}-0.pt")["start"] for case in ("default", "one pass", "three passes")]
+    for other in starts[1:]:
+        tiny.assert_same(starts[0], other)
+
+
+@pytest.mark.slow
+def test_an_error_is_raised_in_both_processes(folders):
+    """By a message, not by a time-out: also where one process only has an SVD to make, or data."""
+    first, second = (torch.load(folders[0] / f"messages-{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert first["unused"].startswith("ValueError: No gradient reached base_model.model.unused")
+    assert first["nan on one"].startswith("ValueError: The gradient of base_model.model.")
+    assert first["no data"].startswith("ValueError: No gradient reached")
+    assert first["no data on one"] is None
+    assert first["float64"] is None
