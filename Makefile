@@ -9,7 +9,7 @@ PEFT_SDIST = $(shell sed -n 's/^peft==/peft-/p' constraints.txt)
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo compare test lint clean
+.PHONY: help demo compare cards test lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
@@ -22,6 +22,12 @@ compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, the
 		$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/$$method.yaml || exit 1; \
 	done
 	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json
+
+cards: $(VENV)/demo ## Render model_cards/ anew from the records
+	for record in benchmarks/records/smollm2-135m/*-seed0.json; do \
+		card=model_cards/smollm2-135m-$$(basename $$record -seed0.json).md; \
+		$(VENV)/bin/hf-reflora card $$record --output $$card || exit 1; \
+	done
 
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (under 10 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest

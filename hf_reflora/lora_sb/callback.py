@@ -40,7 +40,9 @@ class LoraSbCallback(TrainerCallback):
         eta: η, the step size of the update. Default: the first learning rate above zero of the trainer's schedule
             (with warm-up: the peak divided by the warm-up steps; without: the peak).
         update: `"sign"` (Adam and its kin) or `"gradient"` (SGD). Default: by the trainer's optimizer.
-        start_at_base, passes, forward_fn, adapter_name: As in `initialize_lora_sb_weights`.
+        forward_fn: As in `initialize_lora_sb_weights`; needed where the trainer's loss is not the model's own. The
+            `compute_loss_func` of a stock trainer cannot be seen from here.
+        start_at_base, passes, adapter_name: As in `initialize_lora_sb_weights`.
 
     Raises:
         ValueError: at construction for a wrong value; when training starts, if the optimizer or its schedule does not
@@ -96,6 +98,8 @@ class LoraSbCallback(TrainerCallback):
         self, args, state, control, model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, **kwargs
     ):
         self.check(args, model)
+        if args.world_size == 1:
+            restore_float32(model)  # a callback added after the trainer was made missed on_init_end
         if state.global_step > 0 or is_initialized(model, self.adapter_name):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return

@@ -43,9 +43,9 @@ def initialize_lora_sb_weights(
     as in the paper, and leave W0 untouched.
 
     Gradients are those of full fine-tuning (of the model without adapters), also of frozen and quantized weights. They
-    are taken without dropout, in evaluation mode; gradient checkpointing goes on. Random states are left as they were.
-    Memory: see `passes`. With several processes (DDP) each brings its own batches, the gradients are summed before the
-    sign, and the factors are the same to the bit on every process.
+    are taken without dropout, in evaluation mode; the checkpointing of `GradientCheckpointingLayer`s goes on. Random
+    states are left as they were. Memory: see `passes`. With several processes (DDP) each brings its own batches, the
+    gradients are summed before the sign, and the factors are the same to the bit on every process.
 
     Args:
         model: A `PeftModel` with a `LoraSbConfig(init_weights="lora_sb")`, or a `LoraConfig` with
@@ -125,7 +125,7 @@ def initialize_lora_sb_weights(
         device = next(model.parameters()).device
         for group in groups:
             bases = {name: layers[name].get_base_layer() for name in group}
-            labels = torch.zeros((), dtype=torch.float64, device=device)
+            labels = torch.zeros((), device=device)
             waiting = set(group)
 
             def complete(name: str, G: Tensor) -> None:  # called within this turn of the loop
@@ -162,7 +162,7 @@ def mean_loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor 
         )
     causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
     causal |= type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # GPT-2 has no loss_type
-    if fused or (causal and "shift_labels" not in inputs and not base.config.is_encoder_decoder):
+    if "shift_labels" not in inputs and (fused or (causal and not base.config.is_encoder_decoder)):
         labels = labels[..., 1:]
     return output.loss, labels.ne(-100).sum()
 

@@ -1,0 +1,308 @@
+"""The model card: a run record rendered as README.md, without network or model, and checks of its front matter."""
+
+import html
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from . import papers
+
+
+# What the Hub accepts as license (its documentation, "Licenses").
+LICENSES = frozenset(
+    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+    other""".split()
+)
+# method: (name, tags, papers, one sentence, what it does)
+METHODS = {
+    "lora": (
+        "LoRA",
+        ["lora"],
+        [],
+        "This is a LoRA adapter.",
+        "LoRA trains B and A in W = W0 + s B A.",
+    ),
+    "reflora": (
+        "RefLoRA",
+        ["lora", "reflora"],
+        [papers.REFLORA],
+        "This is a LoRA adapter trained with RefLoRA.",
+        "At every step RefLoRA takes the factorization of the update B A whose next step lowers the loss bound most. "
+        "With P = A Aᵀ and Q = BᵀB it is given by the matrix geometric mean S = P⁻¹ # Q, and the gradients become "
+        "∇A ← S⁻¹ ∇A, ∇B ← ∇B S before the optimizer's step. The result is an ordinary LoRA.",
+    ),
+    "reflora_s": (
+        "RefLoRA-S",
+        ["lora", "reflora"],
+        [papers.REFLORA],
+        "This is a LoRA adapter trained with RefLoRA-S.",
+        "RefLoRA-S keeps the factors of the update B A of one size: S = s I with s = ‖B‖/‖A‖, RefLoRA's scalar case. "
+        "The result is an ordinary LoRA.",
+    ),
+    "lora_sb": (
+        "LoRA-SB",
+        ["lora-sb"],
+        [papers.LORA_SB],
+        "This is a LoRA-SB adapter.",
+        "LoRA-SB trains R, r × r, in W = W0 + s B R A. B, R and A start as the best approximation of rank r of the "
+        "first step of full fine-tuning, ΔW = −η sign(Σ∇), and B and A stay as they are.",
+    ),
+    "lora_xs": (
+        "LoRA-XS",
+        ["lora-sb", "lora-xs"],
+        [],
+        "This is a LoRA-XS adapter.",
+        "LoRA-XS trains R, r × r, in W = W0 + s B R A, with B and A from the leading singular vectors of W0.",
+    ),
+}
+NATIVE = ("lora_sb", "lora_xs")
+SB_START = (
+    " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "
+    "full fine-tuning."
+)
+
+
+def render(
+    record: dict[str, Any],
+    *,
+    repo_id: str | None = None,
+    plot: str | None = None,
+    exported: bool = False,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The card of a run: front matter and Markdown. Pure: what the record does not know is not in the card.
+
+    Args:
+        record: A run record (`run_record.json`).
+        repo_id: The adapter's id on the Hub, for the snippets.
+        plot: Name of the PNG beside the card.
+        exported: The files are the exported, ordinary LoRA of a LoRA-SB adapter.
+        license: Hub license id. Default: none is stated.
+        language: Language code or codes of the adapter.
+        tags: Further tags; they are kept.
+
+    Raises:
+        ValueError: see `check_front_matter`.
+    """
+    name, method_tags, cited, sentence, text = METHODS[record["method"]]
+    base_model, dataset_id = _hub_id(record, "base_model", "model"), _hub_id(record, "dataset_id", "dataset")
+    sb_start = record.get("init") == "lora_sb"
+    cited = [*cited, papers.LORA_SB] if sb_start else cited
+    native = record["method"] in NATIVE and not exported
+    if exported:
+        method_tags = ["lora", *method_tags]
+        text += " Here s B R is folded into lora_B: these files are an ordinary LoRA with the same outputs."
+    rows = record["scores"].get("rows", 0)
+    before, after = record["scores"].get("before", {}), record["scores"].get("after", {})
+    scores = [{"name": key, "before": before[key], "after": after[key]} for key in before if key in after]
+    title = repo_id.split("/")[-1] if repo_id else _line(f"{_short(base_model or record['model'])} with {name}")
+    environment = record.get("environment", {})
+    card_data = ModelCardData(
+        base_model=base_model,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        license=license,
+        language=list(language) if isinstance(language, list | tuple) else language,
+        datasets=[dataset_id] if dataset_id else None,
+        tags=_tags(base_model, method_tags, sb_start, tags),
+        model_name=title if scores else None,
+        eval_results=_eval_results(record, scores, dataset_id) if scores else None,
+        **({"base_model_relation": "adapter"} if base_model else {}),
+    )
+    template = _environment().get_template("card.md.jinja")
+    card = template.render(
+        front_matter=card_data.to_yaml(),
+        title=title,
+        method={"sentence": sentence, "text": text + (SB_START if sb_start else "")},
+        base_model=base_model,
+        model=record["model"],
+        dataset=record.get("dataset"),
+        dataset_id=dataset_id,
+        train_rows=record.get("train_rows"),
+        rows=rows,
+        scores=scores,
+        examples=record.get("examples", []),
+        plot=plot,
+        native=native,
+        repo_id=repo_id,
+        rank=record.get("arguments", {}).get("lora_r"),
+        messages=_messages(record),
+        facts=_facts(record),
+        command=shlex.join(["accelerate", "launch", *environment["command"]]) if "command" in environment else None,
+        commit=environment.get("commit"),
+        changed=environment.get("uncommitted_changes"),
+        limits=_limits(record, rows),
+        papers=cited,
+    )
+    check_front_matter(card)
+    return card
+
+
+def check_front_matter(card: str) -> None:
+    """Raises a ValueError that lists everything in a card's front matter which the Hub would refuse or misread.
+
+    Ids that are paths or empty, unknown licenses, lists that are strings, a malformed model-index. The Hub's own check
+    needs the network; this one does not.
+    """
+    try:
+        data = ModelCard(card, ignore_metadata_errors=False).data.to_dict()
+        raw = yaml.safe_load(card.split("---\n", 2)[1])
+    except (ValueError, IndexError, yaml.YAMLError) as error:
+        raise ValueError(f"The card has no front matter that can be read: {error}") from error
+    wrong = []
+    if "base_model" in raw and not is_hub_id(raw["base_model"]):
+        wrong.append(f"base_model must be an id on the Hub, got {raw['base_model']!r}")
+    for key in ("datasets", "tags"):
+        value = raw.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+            wrong.append(f"{key} must be a list of names, got {value!r}")
+        elif key == "datasets":
+            wrong += [f"datasets must be ids on the Hub, got {entry!r}" for entry in value if not is_hub_id(entry)]
+    if "license" in raw and raw["license"] not in LICENSES:
+        wrong.append(
+            f"license {raw['license']!r} is not one of the Hub's, such as apache-2.0, mit, cc-by-4.0, llama3.2"
+        )
+    if "library_name" not in raw:
+        wrong.append("library_name is missing")
+    if "model-index" in raw and not data.get("model-index"):
+        wrong.append("model-index must be a list of models with results")
+    if wrong:
+        raise ValueError("The card's front matter is wrong: " + "; ".join(wrong) + ".")
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether it has the form of a Hub id with a namespace, such as org/model."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and name.count("/") == 1
+
+
+def _hub_id(record: dict[str, Any], known: str, named: str) -> str | None:
+    """The id the record found to be one; in older records, a name of its form."""
+    if known in record:
+        return record[known]
+    return record.get(named) if is_hub_id(record.get(named)) else None
+
+
+def _short(name: str) -> str:
+    return re.split(r"[/:]", name)[-1]
+
+
+def _tags(base_model: str | None, method_tags: list[str], sb_start: bool, more: Sequence[str]) -> list[str]:
+    tags = [f"base_model:adapter:{base_model}"] if base_model else []
+    tags += [*method_tags, *(["lora-sb"] if sb_start else []), "sft", "transformers", "trl", *more]
+    return list(dict.fromkeys(_line(tag) for tag in tags))
+
+
+def _eval_results(record: dict[str, Any], scores: list[dict[str, Any]], dataset_id: str | None) -> list[EvalResult]:
+    dataset = dataset_id or _line(_short(record.get("dataset") or "held-out rows"))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=_short(dataset),
+            metric_type=score["name"],
+            metric_name=f"{score['name']} ({'base model' if when == 'before' else 'with the adapter'})",
+            metric_value=round(score[when], 6),
+        )
+        for score in scores
+        for when in ("after", "before")
+    ]
+
+
+def _messages(record: dict[str, Any]) -> str | None:
+    """The chat of the snippet as Python source, with the system turn of the training."""
+    arguments, examples = record.get("arguments", {}), record.get("examples", [])
+    if not arguments.get("system_prompt") or not examples:
+        return None
+    turns = [("system", arguments["system_prompt"]), ("user", examples[0]["prompt"])]
+    lines = [f'{{"role": "{role}", "content": {json.dumps(text, ensure_ascii=False)}}},' for role, text in turns]
+    return "\n".join(["[", *(f"    {line}" for line in lines), "]"])
+
+
+def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Training details in order of interest, known ones only."""
+    environment, seconds = record.get("environment", {}), record.get("seconds", {})
+    facts: dict[str, Any] = {
+        "trained parameters": f"{record['trainable_parameters']:,}" if "trainable_parameters" in record else None,
+        "rows": record.get("train_rows"),
+        "tokens": record.get("tokens"),
+        "seed": record.get("seed"),
+        "processes": record.get("processes"),
+        "training time": f"{seconds['train']:.0f} s" if "train" in seconds else None,
+        "peak memory": ", ".join(f"{n} {gb} GB" for n, gb in record.get("peak_memory_gb", {}).items()) or None,
+        "hardware": ", ".join(environment.get("gpus") or [environment.get("cpu") or ""]) or None,
+        **{name: value for name, value in record.get("arguments", {}).items() if name != "output_dir"},
+        "versions": ", ".join(f"{n} {v}" for n, v in sorted(environment.get("versions", {}).items())) or None,
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "", [], {})]
+
+
+def _limits(record: dict[str, Any], rows: int) -> list[str]:
+    limits = ["It inherits the limits and the license terms of its base model."]
+    if rows:
+        limits.append(
+            f"The scores are of {rows} held-out rows of the same dataset; nothing else was measured. They are one run"
+            + (f" (seed {record['seed']})" if "seed" in record else "")
+            + ", and another seed would give others."
+        )
+    return limits
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("hf_reflora", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"text": _text, "cell": _cell, "code": _code, "literal": _literal, "number": "{:,}".format}
+    return environment
+
+
+def _line(value: Any) -> str:
+    """Without line breaks, so that it can end neither a front matter, nor a table, nor a code block."""
+    return " ".join(str(value).split())
+
+
+def _text(value: Any) -> str:
+    """Text that is neither HTML nor Markdown, on one line."""
+    text = html.escape(_line(value), quote=False)
+    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)
+
+
+def _cell(value: Any, length: int = 160) -> str:
+    value = _line(value)
+    return _text(value if len(value) <= length else value[: length - 2] + " …")
+
+
+def _code(value: Any) -> str:
+    """Inline code, whatever backticks it has."""
+    value = _line(value)
+    fence = "`" * (max([0, *map(len, re.findall("`+", value))]) + 1)
+    return f"{fence} {value} {fence}" if len(fence) > 1 else f"`{value}`"
+
+
+def _literal(value: Any) -> str:
+    """A Python string literal on one line."""
+    return json.dumps(str(value), ensure_ascii=False)
