@@ -212,12 +212,13 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
 )
 def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, arguments):
     name, *more = arguments
+    output = tmp_path / "out"
+    options = [*tiny_arguments(tiny_model, output, name), *more]
     if "lora_xs" in more:
         text = (ROOT / "recipes/smollm2-135m/lora_sb.yaml").read_text(encoding="utf-8")
         (tmp_path / "lora_xs.yaml").write_text(re.sub("lorasb_.*", "", text), encoding="utf-8")
-        more += ["--config", tmp_path / "lora_xs.yaml"]
-    output = tmp_path / "out"
-    run(*launch(1), "recipes/sft_reflora.py", *tiny_arguments(tiny_model, output, name), *more)
+        options[options.index("--config") + 1] = tmp_path / "lora_xs.yaml"
+    run(*launch(1), "recipes/sft_reflora.py", *options)
     record = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
     method = more[1] if more else name.removesuffix("_sb_init")
     assert record["method"] == method
