@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hf-reflora", description="Adapters trained with RefLoRA and LoRA-SB.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (add_card, add_export):
+    for add in (add_card, add_export, add_inspect):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -24,15 +24,17 @@ def add_card(commands) -> None:
         "card",
         help="render the model card of a run",
         description="Render the model card of a run: everything its run_record.json knows, nothing else.",
-        epilog="example: hf-reflora card runs/smollm2-135m-reflora/run_record.json --license apache-2.0",
+        epilog="example: hf-reflora card runs/smollm2-135m-reflora/run_record.json",
     )
     parser.add_argument("record", type=Path, help="run_record.json of the run")
-    parser.add_argument("--output", type=Path, help="file to write (default: README.md beside the record)")
-    parser.add_argument("--repo-id", help="the adapter's id on the Hub, for the snippets")
-    parser.add_argument("--plot", help="PNG beside the card (default: training.png, if it is there)")
-    parser.add_argument("--license", help="Hub license id, such as apache-2.0")
-    parser.add_argument("--language", nargs="+", help="language codes, such as en")
-    parser.add_argument("--tags", nargs="+", default=(), help="further tags")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write (default: README.md beside the record)"
+    )
+    parser.add_argument("--repo-id", metavar="ID", help="the adapter's id on the Hub, for the snippets")
+    parser.add_argument("--plot", metavar="PNG", help="beside the card (default: training.png, if it is there)")
+    parser.add_argument("--license", metavar="ID", help="Hub license id, such as apache-2.0")
+    parser.add_argument("--language", nargs="+", metavar="CODE", help="language codes, such as en")
+    parser.add_argument("--tags", nargs="+", metavar="TAG", default=(), help="further tags")
     parser.add_argument("--exported", action="store_true", help="the files are the exported LoRA of a LoRA-SB adapter")
     parser.set_defaults(run=card)
 
@@ -76,6 +78,26 @@ def export(options: argparse.Namespace) -> None:
             f"Relative error of the update by truncation: {report.relative_error:.2e} in all, "
             f"{report.relative_error_by_layer[worst]:.2e} in the worst layer, {worst}."
         )
+
+
+def add_inspect(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what an adapter is",
+        description="Show an adapter's method, rank, base model and diagnostics, from its files alone.",
+        epilog="example: hf-reflora inspect runs/smollm2-135m-reflora",
+    )
+    parser.add_argument("adapter", help="folder of a saved adapter, or its id on the Hub")
+    parser.set_defaults(run=inspect)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from .inspect import inspect_adapter
+
+    facts = inspect_adapter(options.adapter)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def changed(arguments: Any) -> dict[str, Any]:
         value = getattr(arguments, f.name)
         plain = isinstance(value, int | float | str | list | dict)
         if f.init and plain and value != default and "hub_token" not in f.name:
-            values[f.name] = value
+            values[f.name] = value.value if isinstance(value, Enum) else value
     return values
 
 

@@ -179,7 +179,8 @@ def test_imports_go_one_way():
         "trainer": {"callbacks", "lora_sb", "papers"},
         "export": {"lora_sb", "lora_sb.subspace"},
         "card": {"papers"},
-        "cli": {"card", "export"},
+        "inspect": {"lora_sb", "refactor"},
+        "cli": {"card", "export", "inspect"},
     }
     found, foreign = {}, {}
     folder = Path(hf_reflora.__file__).parent
