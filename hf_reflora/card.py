@@ -70,6 +70,7 @@ METHODS = {
         "LoRA-XS trains R, r × r, in W = W0 + s B R A, with B and A from the leading singular vectors of W0.",
     ),
 }
+# Methods whose adapters are LoraSbConfig's, which only hf_reflora loads before an export.
 NATIVE = ("lora_sb", "lora_xs")
 SB_START = (
     " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "

@@ -62,18 +62,18 @@ def export_lora(
     folded, ranks, lost, whole = dict(others), {}, {}, {}
     for name, (A, B, R) in layers.items():
         lora_A, lora_B = A.double(), config.scaling * (B.double() @ R.double())  # s B R A = lora_B lora_A
-        energy = (lora_B.T @ lora_B @ lora_A @ lora_A.T).trace().item()  # ‖lora_B lora_A‖_F²
-        lost[name], whole[name] = 0.0, energy
+        module = _module(name)
+        lost[module], whole[module] = 0.0, (lora_B.T @ lora_B @ lora_A @ lora_A.T).trace().item()  # ‖lora_B lora_A‖_F²
         if rank is not None and rank < len(lora_A):
-            lora_A, lora_B, lost[name] = _truncate(lora_A, lora_B, rank)
-        ranks[name] = len(lora_A)
+            lora_A, lora_B, lost[module] = _truncate(lora_A, lora_B, rank)
+        ranks[module] = len(lora_A)
         folded[f"{name}.lora_A.weight"] = lora_A.float().contiguous()
         folded[f"{name}.lora_B.weight"] = lora_B.float().contiguous()
     _write(output, _lora_config(config, ranks), folded)
     return ExportReport(
-        ranks={_module(name): r for name, r in ranks.items()},
+        ranks=ranks,
         relative_error=(sum(lost.values()) / (sum(whole.values()) or 1)) ** 0.5,
-        relative_error_by_layer={_module(name): (lost[name] / (whole[name] or 1)) ** 0.5 for name in ranks},
+        relative_error_by_layer={module: (lost[module] / (whole[module] or 1)) ** 0.5 for module in ranks},
     )
 
 
@@ -127,7 +127,6 @@ def _module(name: str) -> str:
 
 
 def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
-    ranks = {_module(name): own for name, own in ranks.items()}
     r = max(ranks.values())
 
     def key(name: str) -> str:

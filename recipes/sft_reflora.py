@@ -34,7 +34,7 @@ from trl import (
 )
 
 from hf_reflora import LoraSbArguments, LoraSbConfig, LoraSbSFTTrainer, RefLoraArguments, RefLoraSFTTrainer
-from hf_reflora.card import is_hub_id, render
+from hf_reflora.card import NATIVE, is_hub_id, render
 from hf_reflora.record import environment, peak_memory_gb, usable_cores, write_json
 
 
@@ -84,7 +84,7 @@ class RecipeArguments:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}.")
-        if self.init == "lora_sb" and self.method in ("lora_sb", "lora_xs"):
+        if self.init == "lora_sb" and self.method in NATIVE:
             raise ValueError(f"init is for lora, reflora and reflora_s; {self.method} has its own.")
         if self.score is not None and self.score not in evaluation.SCORES:
             raise ValueError(f"score must be one of {tuple(evaluation.SCORES)}, got {self.score!r}.")
@@ -158,7 +158,7 @@ def check(
         unused |= changed(reflora_args)
     if recipe.method != "lora_sb" and recipe.init != "lora_sb":
         unused |= changed(lorasb_args)
-    if recipe.method in ("lora_sb", "lora_xs"):
+    if recipe.method in NATIVE:
         ordinary = ("lora_alpha", "use_rslora", "use_dora", "lora_target_parameters")
         unused |= {name: value for name, value in changed(model_args).items() if name in ordinary}
     if unused:
@@ -170,7 +170,7 @@ def check(
 def peft_config(model_args: ModelConfig, recipe: RecipeArguments) -> PeftConfig:
     """TRL's LoraConfig, or a LoraSbConfig with the same settings."""
     config = get_peft_config(model_args)
-    if recipe.method not in ("lora_sb", "lora_xs"):
+    if recipe.method not in NATIVE:
         return config
     return LoraSbConfig(
         r=config.r,
@@ -232,7 +232,7 @@ def main(
     trainer_cls, settings = SFTTrainer, {"callbacks": [lora_sb] if recipe.init == "lora_sb" else []}
     if recipe.method in ("reflora", "reflora_s"):
         trainer_cls, settings = RefLoraSFTTrainer, settings | {"reflora": reflora_args.callback(recipe.method)}
-    elif recipe.method in ("lora_sb", "lora_xs"):
+    elif recipe.method in NATIVE:
         trainer_cls, settings = LoraSbSFTTrainer, {"lora_sb": lora_sb}
     trainer = trainer_cls(
         model=path,

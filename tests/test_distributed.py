@@ -1,30 +1,17 @@
 """Two processes (DDP over gloo, started by `accelerate launch`) against one process with accumulation."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
 import train_ddp
-
-
-TESTS = Path(__file__).parent
+import two_processes
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, tuple]:
     """Per method: rank 0, rank 1, and the same batches in one process."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    # --cpu would start one process only; the script itself asks for the CPU, which makes it DDP over gloo
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += [str(TESTS / "train_ddp.py"), str(two), "1"]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(launch, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes.launch("train_ddp.py", str(two), "1", timeout=500)
     train_ddp.train(one, 2)
     files = [(two, 0), (two, 1), (one, 0)]
     return {name: tuple(torch.load(at / f"{name}-{rank}.pt") for at, rank in files) for name in train_ddp.METHODS}

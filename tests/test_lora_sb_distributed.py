@@ -1,34 +1,19 @@
 """LoRA-SB's initialization in two processes (gloo, started by `accelerate launch`) against one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import init_ddp
 import pytest
 import tiny
 import torch
-
-
-TESTS = Path(__file__).parent
+import two_processes
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """What two processes and one process have written."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [*launch, str(TESTS / "init_ddp.py"), str(two)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes.launch("init_ddp.py", str(two), timeout=240)
     init_ddp.train(one)
     return two, one
 
