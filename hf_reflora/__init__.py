@@ -3,8 +3,12 @@
 from .arguments import LoraSbArguments, RefLoraArguments
 from .callbacks import RefLoraCallback
 from .export import export_lora
+from .hub import PushError
 from .lora_sb import LoraSbCallback, LoraSbConfig, LoraSbModel, initialize_lora_sb_weights
 from .optimizer import create_reflora_optimizer
+from .publish import push_adapter
+from .publishing_trainer import PublishingMixin
+from .record import RunRecordCallback
 from .step import RefLora
 from .trainer import LoraSbSFTTrainer, RefLoraSFTTrainer, RefLoraTrainer
 
@@ -17,12 +21,16 @@ __all__ = [
     "LoraSbConfig",
     "LoraSbModel",
     "LoraSbSFTTrainer",
+    "PublishingMixin",
+    "PushError",
     "RefLora",
     "RefLoraArguments",
     "RefLoraCallback",
     "RefLoraSFTTrainer",
     "RefLoraTrainer",
+    "RunRecordCallback",
     "create_reflora_optimizer",
     "export_lora",
     "initialize_lora_sb_weights",
+    "push_adapter",
 ]

@@ -1,5 +1,6 @@
 """The model card: a run record rendered as README.md, without network or model, and checks of its front matter."""
 
+import hashlib
 import html
 import json
 import re
@@ -9,11 +10,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import papers
+from .ids import is_hub_id
 
 
 # What the Hub accepts as license (its documentation, "Licenses").
@@ -70,6 +70,25 @@ METHODS = {
         "LoRA-XS trains R, r × r, in W = W0 + s B R A, with B and A from the leading singular vectors of W0.",
     ),
 }
+TRL_TAGS = ("sft", "trl")
+# Tags that a library adds, not the user.
+COMPUTED_TAGS = {*TRL_TAGS, "transformers", "generated_from_trainer", "peft"}
+# What the cards have that nobody wrote: of huggingface_hub's template (PEFT), TRL, transformers.
+GENERATED = (
+    "[More Information Needed]",
+    "It has been trained using [TRL]",
+    "generated automatically according to the information the Trainer had access to",
+)
+MARK = re.compile(r"<!-- rendered by hf_reflora; as long as nobody edits it: ([0-9a-f]{16}) -->")
+# PEFT writes below any card when it saves an adapter beside it.
+ADDED_BY_PEFT = re.compile(
+    r"\s*(## Training procedure\s+The following `bitsandbytes` quantization config was used during training:"
+    r"(\n- .*)+\s*)?(### Framework versions(\s+- PEFT \S+)+\s*)?"
+)
+FRONT_MATTER = {
+    *("base_model", "base_model_relation", "datasets", "language", "library_name", "license", "model-index"),
+    *("pipeline_tag", "tags"),
+}
 # Methods whose adapters are LoraSbConfig's, which only hf_reflora loads before an export.
 NATIVE = ("lora_sb", "lora_xs")
 SB_START = (
@@ -84,28 +103,36 @@ def render(
     repo_id: str | None = None,
     plot: str | None = None,
     exported: bool = False,
+    native_folder: str | None = None,
     license: str | None = None,
     language: str | Sequence[str] | None = None,
     tags: Sequence[str] = (),
 ) -> str:
     """The card of a run: front matter and Markdown. Pure: what the record does not know is not in the card.
 
+    Its last line is a mark by which `is_edited` tells whether somebody has changed the card since.
+
     Args:
         record: A run record (`run_record.json`).
         repo_id: The adapter's id on the Hub, for the snippets.
         plot: Name of the PNG beside the card.
         exported: The files are the exported, ordinary LoRA of a LoRA-SB adapter.
-        license: Hub license id. Default: none is stated.
-        language: Language code or codes of the adapter.
-        tags: Further tags; they are kept.
+        native_folder: Folder beside the exported files that has the LoRA-SB adapter itself.
+        license: Hub license id. Default: the record's, or none.
+        language: Language code or codes of the adapter. Default: the record's, or none.
+        tags: Further tags, beside the record's.
 
     Raises:
         ValueError: see `check_front_matter`.
     """
     name, method_tags, cited, sentence, text = METHODS[record["method"]]
+    wishes = record.get("card", {})
+    license, language = license or wishes.get("license"), language or wishes.get("language")
+    tags = [*tags, *wishes.get("tags", [])]
     base_model, dataset_id = _hub_id(record, "base_model", "model"), _hub_id(record, "dataset_id", "dataset")
     sb_start = record.get("init") == "lora_sb"
-    cited = [*cited, papers.LORA_SB] if sb_start else cited
+    if sb_start:
+        cited, method_tags = [*cited, papers.LORA_SB], [*method_tags, "lora-sb"]
     native = record["method"] in NATIVE and not exported
     if exported:
         method_tags = ["lora", *method_tags]
@@ -113,7 +140,8 @@ def render(
     rows = record["scores"].get("rows", 0)
     before, after = record["scores"].get("before", {}), record["scores"].get("after", {})
     scores = [{"name": key, "before": before[key], "after": after[key]} for key in before if key in after]
-    title = repo_id.split("/")[-1] if repo_id else _line(f"{_short(base_model or record['model'])} with {name}")
+    title = wishes.get("title") or f"{_short(base_model or record['model'])} with {name}"
+    title = repo_id.split("/")[-1] if repo_id else _line(title)
     environment = record.get("environment", {})
     card_data = ModelCardData(
         base_model=base_model,
@@ -122,7 +150,7 @@ def render(
         license=license,
         language=list(language) if isinstance(language, list | tuple) else language,
         datasets=[dataset_id] if dataset_id else None,
-        tags=_tags(base_model, method_tags, sb_start, tags),
+        tags=_tags(base_model, [*method_tags, *record.get("tags", TRL_TAGS), "transformers", *tags]),
         model_name=title if scores else None,
         eval_results=_eval_results(record, scores, dataset_id) if scores else None,
         **({"base_model_relation": "adapter"} if base_model else {}),
@@ -138,22 +166,71 @@ def render(
         dataset_id=dataset_id,
         train_rows=record.get("train_rows"),
         rows=rows,
+        split=record["scores"].get("split"),
         scores=scores,
         examples=record.get("examples", []),
         plot=plot,
         native=native,
+        native_folder=native_folder,
         repo_id=repo_id,
-        rank=record.get("arguments", {}).get("lora_r"),
+        rank=_rank(record),
         messages=_messages(record),
         facts=_facts(record),
-        command=shlex.join(["accelerate", "launch", *environment["command"]]) if "command" in environment else None,
+        command=_command(record),
         commit=environment.get("commit"),
         changed=environment.get("uncommitted_changes"),
+        runs=record.get("runs", []),
         limits=_limits(record, rows),
         papers=cited,
     )
     check_front_matter(card)
-    return card
+    digest = _digest(card.split("---\n", 2)[2])
+    return f"{card}\n<!-- rendered by hf_reflora; as long as nobody edits it: {digest} -->\n"
+
+
+def is_edited(card: str) -> bool:
+    """Whether a card was written or changed by hand, and not just rendered here or by PEFT, TRL or transformers.
+
+    License, language and tags may be other ones: those are kept anyway, see `kept`.
+    """
+    body = card.split("---\n", 2)[-1] if card.startswith("---\n") else card
+    mark = MARK.search(body)
+    if mark is None:
+        return bool(body.strip()) and not any(phrase in card for phrase in GENERATED)
+    changed = mark[1] != _digest(body[: mark.start()]) or not ADDED_BY_PEFT.fullmatch(body[mark.end() :])
+    return changed or not set(_front_matter(card)) <= FRONT_MATTER
+
+
+def kept(card: str) -> dict[str, Any]:
+    """What a card's front matter says that no record knows: license, language and the user's own tags.
+
+    Raises:
+        ValueError: the front matter cannot be read.
+    """
+    data = _front_matter(card)
+    tags = data.get("tags") if isinstance(data.get("tags"), list) else []
+    known = {tag for _, method_tags, *_ in METHODS.values() for tag in method_tags} | COMPUTED_TAGS
+    own = [tag for tag in tags if isinstance(tag, str) and tag not in known and not tag.startswith("base_model:")]
+    license = data.get("license")
+    return {
+        "license": license if license in LICENSES else None,
+        "language": data.get("language"),
+        "tags": own,
+    }
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.strip().encode()).hexdigest()[:16]
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    if not card.startswith("---\n"):
+        return {}
+    try:
+        data = yaml.safe_load(card.split("---\n", 2)[1])
+    except (yaml.YAMLError, IndexError) as error:
+        raise ValueError(f"The card has no front matter that can be read: {error}") from error
+    return data if isinstance(data, dict) else {}
 
 
 def check_front_matter(card: str) -> None:
@@ -164,9 +241,9 @@ def check_front_matter(card: str) -> None:
     """
     try:
         data = ModelCard(card, ignore_metadata_errors=False).data.to_dict()
-        raw = yaml.safe_load(card.split("---\n", 2)[1])
-    except (ValueError, IndexError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"The card has no front matter that can be read: {error}") from error
+    raw = _front_matter(card)
     wrong = []
     if "base_model" in raw and not is_hub_id(raw["base_model"]):
         wrong.append(f"base_model must be an id on the Hub, got {raw['base_model']!r}")
@@ -188,15 +265,6 @@ def check_front_matter(card: str) -> None:
         raise ValueError("The card's front matter is wrong: " + "; ".join(wrong) + ".")
 
 
-def is_hub_id(name: Any) -> bool:
-    """Whether it has the form of a Hub id with a namespace, such as org/model."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return isinstance(name, str) and name.count("/") == 1
-
-
 def _hub_id(record: dict[str, Any], known: str, named: str) -> str | None:
     """The id the record found to be one; in older records, a name of its form."""
     if known in record:
@@ -208,14 +276,13 @@ def _short(name: str) -> str:
     return re.split(r"[/:]", name)[-1]
 
 
-def _tags(base_model: str | None, method_tags: list[str], sb_start: bool, more: Sequence[str]) -> list[str]:
-    tags = [f"base_model:adapter:{base_model}"] if base_model else []
-    tags += [*method_tags, *(["lora-sb"] if sb_start else []), "sft", "transformers", "trl", *more]
+def _tags(base_model: str | None, tags: list[str]) -> list[str]:
+    tags = [f"base_model:adapter:{base_model}", *tags] if base_model else tags
     return list(dict.fromkeys(_line(tag) for tag in tags))
 
 
 def _eval_results(record: dict[str, Any], scores: list[dict[str, Any]], dataset_id: str | None) -> list[EvalResult]:
-    dataset = dataset_id or _line(_short(record.get("dataset") or "held-out rows"))
+    dataset = dataset_id or _line(_short(record.get("dataset") or "evaluation rows"))
     return [
         EvalResult(
             task_type="text-generation",
@@ -240,20 +307,44 @@ def _messages(record: dict[str, Any]) -> str | None:
     return "\n".join(["[", *(f"    {line}" for line in lines), "]"])
 
 
+def _rank(record: dict[str, Any]) -> int | None:
+    """The largest rank of the adapter."""
+    ranks = record.get("diagnostics", {}).get("ranks") or [record.get("arguments", {}).get("lora_r")]
+    return ranks[-1]
+
+
+def _command(record: dict[str, Any]) -> str | None:
+    command, processes = record.get("environment", {}).get("command"), record.get("processes", 1)
+    if not command:
+        return None
+    options = ["--num_processes", str(processes)] if processes > 1 else []
+    return shlex.join(["accelerate", "launch", *options, *command])
+
+
 def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Training details in order of interest, known ones only."""
-    environment, seconds = record.get("environment", {}), record.get("seconds", {})
+    environment, seconds, found = (record.get(name, {}) for name in ("environment", "seconds", "diagnostics"))
     facts: dict[str, Any] = {
         "trained parameters": f"{record['trainable_parameters']:,}" if "trainable_parameters" in record else None,
+        "rank": " to ".join(map(str, dict.fromkeys(found.get("ranks", [])))),
+        "adapted layers": found.get("layers"),
+        "balance gap ‖AAᵀ − BᵀB‖/‖BᵀB‖, mean": f"{found['balance_gap']:.3g}" if "balance_gap" in found else None,
+        "commit of the base model": record.get("base_revision"),
         "rows": record.get("train_rows"),
-        "tokens": record.get("tokens"),
+        "dataset configuration": record.get("dataset_config"),
+        "dataset split": record.get("dataset_split"),
+        "dataset commit": record.get("dataset_revision"),
+        "dataset fingerprint": record.get("dataset_fingerprint"),
+        "tokens": f"{record['tokens']:,}" if "tokens" in record else None,
+        "optimizer steps": record.get("step"),
         "seed": record.get("seed"),
         "processes": record.get("processes"),
+        "backend": record.get("backend") if record.get("processes", 1) > 1 else None,
         "training time": f"{seconds['train']:.0f} s" if "train" in seconds else None,
-        "peak memory": ", ".join(f"{n} {gb} GB" for n, gb in record.get("peak_memory_gb", {}).items()) or None,
-        "hardware": ", ".join(environment.get("gpus") or [environment.get("cpu") or ""]) or None,
+        "peak memory": ", ".join(f"{n} {gb} GB" for n, gb in record.get("peak_memory_gb", {}).items()),
+        "hardware": ", ".join(environment.get("gpus") or [environment.get("cpu") or ""]),
         **{name: value for name, value in record.get("arguments", {}).items() if name != "output_dir"},
-        "versions": ", ".join(f"{n} {v}" for n, v in sorted(environment.get("versions", {}).items())) or None,
+        "versions": ", ".join(f"{n} {v}" for n, v in sorted(environment.get("versions", {}).items())),
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "", [], {})]
 
@@ -262,7 +353,7 @@ def _limits(record: dict[str, Any], rows: int) -> list[str]:
     limits = ["It inherits the limits and the license terms of its base model."]
     if rows:
         limits.append(
-            f"The scores are of {rows} held-out rows of the same dataset; nothing else was measured. They are one run"
+            f"The scores are of {rows} rows; nothing else was measured. They are one run"
             + (f" (seed {record['seed']})" if "seed" in record else "")
             + ", and another seed would give others."
         )

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hf-reflora", description="Adapters trained with RefLoRA and LoRA-SB.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (add_card, add_export, add_inspect):
+    for add in (add_card, add_export, add_inspect, add_push):
         add(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         parser.exit(1, f"hf-reflora: {error}\n")
 
 
@@ -23,7 +23,7 @@ def add_card(commands) -> None:
     parser = commands.add_parser(
         "card",
         help="render the model card of a run",
-        description="Render the model card of a run: everything its run_record.json knows, nothing else.",
+        description="Render the model card of a run from what its run_record.json knows.",
         epilog="example: hf-reflora card runs/smollm2-135m-reflora/run_record.json",
     )
     parser.add_argument("record", type=Path, help="run_record.json of the run")
@@ -31,10 +31,11 @@ def add_card(commands) -> None:
         "--output", type=Path, metavar="FILE", help="file to write (default: README.md beside the record)"
     )
     parser.add_argument("--repo-id", metavar="ID", help="the adapter's id on the Hub, for the snippets")
-    parser.add_argument("--plot", metavar="PNG", help="beside the card (default: training.png, if it is there)")
+    parser.add_argument("--plot", metavar="PNG", help="beside the card (default: training.png)")
     parser.add_argument("--license", metavar="ID", help="Hub license id, such as apache-2.0")
-    parser.add_argument("--language", nargs="+", metavar="CODE", help="language codes, such as en")
+    parser.add_argument("--language", nargs="+", metavar="CODE", help="such as en")
     parser.add_argument("--tags", nargs="+", metavar="TAG", default=(), help="further tags")
+    parser.add_argument("--base-model", metavar="ID", help="its id on the Hub, if the record names a local copy")
     parser.add_argument("--exported", action="store_true", help="the files are the exported LoRA of a LoRA-SB adapter")
     parser.set_defaults(run=card)
 
@@ -43,6 +44,7 @@ def card(options: argparse.Namespace) -> None:
     from .card import render
 
     record = json.loads(options.record.read_text(encoding="utf-8"))
+    record |= {"base_model": options.base_model} if options.base_model else {}
     output = options.output or options.record.with_name("README.md")
     plot = options.plot or ("training.png" if output.with_name("training.png").exists() else None)
     names = ("repo_id", "exported", "license", "language", "tags")
@@ -98,6 +100,39 @@ def inspect(options: argparse.Namespace) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
+
+
+def add_push(commands) -> None:
+    parser = commands.add_parser(
+        "push",
+        help="push an adapter to the Hub, with its card",
+        description="Push an adapter to the Hub in one commit, with the card of its run.",
+        epilog="example: hf-reflora push runs/smollm2-135m-reflora me/tool-calls --private",
+    )
+    parser.add_argument("folder", type=Path, help="the adapter: an output_dir or a checkpoint")
+    parser.add_argument("repo_id", help="repository on the Hub, made if there is none")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made if there is none")
+    parser.add_argument("--create-pr", action="store_true", help="propose a pull request")
+    parser.add_argument("--base-model", metavar="ID", help="its id on the Hub, if trained from a local copy")
+    parser.add_argument("--other-base", action="store_true", help="replace an adapter of another base model")
+    parser.add_argument("--license", metavar="ID", help="default: the card's, or the base model's")
+    parser.add_argument("--language", nargs="+", metavar="CODE", help="such as en")
+    parser.add_argument("--tags", nargs="+", metavar="TAG", default=(), help="further tags")
+    parser.set_defaults(run=push)
+
+
+def push(options: argparse.Namespace) -> None:
+    from .publish import push_adapter
+
+    names = ("private", "revision", "create_pr", "base_model", "other_base", "license", "language", "tags")
+    done = push_adapter(options.folder, options.repo_id, **{name: getattr(options, name) for name in names})
+    print(f"{done.commit.pr_url or done.commit.commit_url}")
+    print(f"{done.repo_id}: {', '.join(done.files)}")
+    if done.left_out:
+        print(f"Left out: {', '.join(done.left_out)}")
+    if done.kept_card:
+        print("README.md on the Hub was edited by hand and is kept. Remove it there to get the rendered one.")
 
 
 if __name__ == "__main__":

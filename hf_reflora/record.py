@@ -1,90 +1,242 @@
-"""The run record: what was run, where and with what result, as one JSON file beside the adapter."""
+"""The run record: facts of a training run as they happen, in one JSON file beside the adapter."""
 
+import copy
+import dataclasses
 import json
 import os
-import platform
-import resource
-import subprocess
-import sys
-import tempfile
-from importlib import metadata
+import re
+import time
+from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
+import datasets
+from accelerate.state import PartialState
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .environment import environment, peak_memory_gb, without_secrets, write_json
+from .ids import hub_id
+from .inspect import diagnostics, method_of
+from .lora_sb import LoraSbConfig
 
 
-PACKAGES = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub", "hf_reflora"}
-SECRET_WORDS = ("hub_token", "api_key", "secret", "password")
+SCHEMA = 2
+RECORD_NAME = "run_record.json"
+# What `RunRecordCallback` takes because a trainer cannot know it, or knows it less well.
+GIVEN = (
+    *("method", "init", "tags", "model", "base_model", "base_revision", "arguments", "environment"),
+    *("dataset", "dataset_id", "dataset_revision", "dataset_config", "dataset_split", "dataset_fingerprint"),
+    "train_rows",
+)
+# What a resumed run takes over.
+KEPT = ("scores", "examples", "runs", "seconds", "peak_memory_gb")
+TIMINGS = ("runtime", "preparation_time", "samples_per_second", "steps_per_second", "epoch", "num_tokens")
 
 
-def environment(repository: Path) -> dict[str, Any]:
-    """Facts that a number depends on: command, git commit of `repository`, versions and hardware.
+class RunRecordCallback(TrainerCallback):
+    """Records what was run and with what result; `hf_reflora.card.render` makes the model card of it.
 
-    What cannot be found out is left out. Tokens on the command line are replaced by "***".
+    The record is written as `run_record.json` beside the weights that it describes: into every checkpoint, and into
+    `output_dir` when training ends, whole or not at all. A resumed run goes on with the checkpoint's record. The
+    trainers of hf_reflora have one already; give another trainer one in `callbacks`.
+
+    Tokens and other secrets are replaced, the home folder becomes `~`. The file's keys (`schema` 2):
+
+    | | |
+    | --- | --- |
+    | `method`, `init`, `peft` | how the adapter was trained and started; settings of the PEFT config |
+    | `model`, `base_model`, `base_revision` | as it was named; its id and commit on the Hub, or null |
+    | `dataset`, `dataset_…` (`id`, `revision`, `config`, `split`, `fingerprint`), `train_rows` | the training data |
+    | `arguments`, `seed`, `data_seed` | arguments that are not defaults |
+    | `scores` | `rows`, `before` and `after` training: the evaluations by the trainer, and what `update` adds |
+    | `card` | license, language and tags for the card |
+    | `examples` | prompt, answers before and after, reference |
+    | `log`, `step`, `tokens` | the trainer's log; of the weights beside the record: optimizer steps, tokens seen |
+    | `diagnostics` | see `hf_reflora.inspect.diagnostics` |
+    | `trainable_parameters`, `seconds`, `peak_memory_gb`, `processes`, `backend`, `environment` | cost and place |
+    | `runs` | one entry a start: when, from and to which step, seconds, processes, commit, versions |
+
+    Args:
+        facts: What a trainer does not know, by the names in `GIVEN`: `method="reflora"` (default: by the
+            adapter's type), `model="…"` as the user named it, `base_model="org/name"` of a local copy,
+            `dataset="org/name"`.
+
+    Raises:
+        ValueError: for a fact with another name; when training starts, if the model has no adapter.
+
+    Example:
+        >>> trainer = DPOTrainer(..., callbacks=[RefLoraCallback(), RunRecordCallback(method="reflora")])
     """
+
+    def __init__(self, **facts: Any):
+        if unknown := sorted(set(facts) - set(GIVEN)):
+            raise ValueError(
+                f"RunRecordCallback knows no fact named {', '.join(unknown)}; it takes {', '.join(GIVEN)}."
+            )
+        self.facts = facts
+        self.resumed_from: str | os.PathLike | None = None
+        self.record: dict[str, Any] = {"schema": SCHEMA, "scores": {"before": {}, "after": {}}}
+        self._model, self._state, self._begin = None, None, None
+
+    def update(self, **entries: Any) -> None:
+        """Adds entries; dictionaries are merged. For results that the trainer does not compute itself."""
+        self.record = _merged(self.record, entries)
+
+    def write(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Writes the record as it is now into `folder`, on the main process only; returns it."""
+        self._refresh()
+        record = without_secrets(self.record)
+        if PartialState().is_main_process:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_json(Path(folder) / RECORD_NAME, record)
+        return record
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if not isinstance(model, PeftModel):
+            return  # on_train_begin raises; a method's own check says it better
+        self._model, self._state = model, state
+        config = model.active_peft_config
+        name = config.base_model_name_or_path or ""
+        revision = getattr(model.config, "_commit_hash", None) if hasattr(model, "config") else None
+        self.update(
+            method=method_of(config),
+            init="default",
+            model=name,
+            base_model=hub_id(name),
+            base_revision=revision,
+            peft=non_default(config),
+            arguments=non_default(args),
+            seed=args.seed,
+            data_seed=args.data_seed,
+            processes=args.world_size,
+            backend=PartialState().distributed_type.value,
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            environment=environment(),
+        )
+        self.record |= self.facts
+        if isinstance(config, LoraSbConfig):  # whose method tells the start
+            self.record |= {"method": method_of(config), "init": "default"}
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"RunRecordCallback records the training of an adapter; got a {type(model).__name__} without one. "
+                "Pass peft_config=... or a PeftModel."
+            )
+        if self._model is None:  # added to a trainer that existed
+            self.on_init_end(args, state, control, model=model)
+        self._state = state
+        known = dataset_facts(getattr(train_dataloader, "dataset", None))
+        self.record = {**known, **self.record}
+        if state.global_step > 0:
+            folders = [self.resumed_from, args.resume_from_checkpoint]
+            folders.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            files = [Path(folder) / RECORD_NAME for folder in folders if isinstance(folder, str | os.PathLike)]
+            earlier = next((json.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()), {})
+            kept = {name: earlier[name] for name in KEPT if name in earlier}
+            self.record = _merged(kept, self.record)
+        facts = self.record["environment"]
+        self._begin = time.monotonic()
+        self.record.setdefault("runs", []).append(
+            {
+                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "from_step": state.global_step,
+                "processes": args.world_size,
+                **{name: facts[name] for name in ("commit", "versions") if name in facts},
+            }
+        )
+
+    def on_evaluate(self, args, state, control, metrics=None, eval_dataloader=None, **kwargs):
+        found = {
+            name.removeprefix("eval_"): value
+            for name, value in (metrics or {}).items()
+            if isinstance(value, int | float) and not name.endswith(TIMINGS)
+        }
+        when = "before" if state.global_step == 0 and not _acts(self._model) else "after"
+        rows = getattr(eval_dataloader, "dataset", None)
+        self.update(scores={when: found, **({"rows": len(rows)} if hasattr(rows, "__len__") else {})})
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._refresh()
+        self._begin = None
+        if args.load_best_model_at_end and state.best_global_step:
+            self.record["step"] = state.best_global_step
+            best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
+            if best:
+                self.on_evaluate(args, state, control, metrics=best[-1])
+        self.write(args.output_dir)
+
+    def _refresh(self) -> None:
+        """What changes while training goes on."""
+        if self._state is None:
+            return
+        self.record["log"] = copy.deepcopy(self._state.log_history)
+        if self._begin is not None:
+            run = self.record["runs"][-1]
+            run["to_step"] = self.record["step"] = self._state.global_step
+            run["seconds"] = round(time.monotonic() - self._begin, 1)
+            trained = round(sum(run.get("seconds", 0) for run in self.record["runs"]), 1)
+            self.update(seconds={"train": trained})
+        seen = [entry["num_tokens"] for entry in self.record["log"] if "num_tokens" in entry and "loss" in entry]
+        tokens = int(seen[-1]) if seen else self._state.num_input_tokens_seen
+        if tokens:
+            self.record["tokens"] = tokens
+        peaks, earlier = peak_memory_gb(), self.record.get("peak_memory_gb", {})
+        self.record["peak_memory_gb"] = {name: max(gb, earlier.get(name, 0)) for name, gb in peaks.items()}
+        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, _adapter_tensors(self._model))
+
+
+def non_default(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults and can be written as JSON, without tokens."""
+    values = {}
+    for f in dataclasses.fields(arguments):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        value = getattr(arguments, f.name)
+        if isinstance(value, set):
+            value = sorted(value)
+        plain = isinstance(value, int | float | str | list | dict)
+        if f.init and plain and value != default and "hub_token" not in f.name:
+            values[f.name] = value.value if isinstance(value, Enum) else value
+    return values
+
+
+def dataset_facts(dataset: Any) -> dict[str, Any]:
+    """What a `datasets.Dataset` knows of itself: id and commit on the Hub, configuration, split, fingerprint, rows."""
+    if not isinstance(dataset, datasets.Dataset):
+        return {}
+    sources = [
+        re.match(r"hf://datasets/([^@]+)@([0-9a-f]{40})/", url) for url in dataset.info.download_checksums or {}
+    ]
+    source = next(filter(None, sources), None)
     facts = {
-        "command": redacted(sys.argv),
-        "commit": _git(repository, "rev-parse", "HEAD"),
-        "uncommitted_changes": None if (status := _git(repository, "status", "--porcelain")) is None else bool(status),
-        "python": platform.python_version(),
-        "versions": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": usable_cores(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or None,
+        "dataset": source[1] if source else None,
+        "dataset_id": source[1] if source else None,
+        "dataset_revision": source[2] if source else None,
+        "dataset_config": dataset.info.config_name if source else None,
+        "dataset_split": str(dataset.split) if dataset.split is not None else None,
+        "dataset_fingerprint": dataset._fingerprint,
+        "train_rows": len(dataset),
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def redacted(arguments: list[str]) -> list[str]:
-    """Command-line arguments without secrets: values of options named after tokens, keys or secrets, and hf_…"""
-    shown, hide_next = [], False
-    for argument in arguments:
-        option, separator, value = argument.partition("=")
-        secret_option = option.startswith("-") and any(word in option.lower() for word in SECRET_WORDS)
-        if hide_next or (value or argument).startswith("hf_"):
-            shown.append(f"{option}=***" if separator else "***")
-        else:
-            shown.append(f"{option}=***" if secret_option and separator else argument)
-        hide_next = secret_option and not separator
-    return shown
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the entries of `new`; a dictionary in both is merged likewise, all else of `new` wins."""
+    both = {name for name in new if isinstance(old.get(name), dict) and isinstance(new[name], dict)}
+    return {**old, **new, **{name: _merged(old[name], new[name]) for name in both}}
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
 
 
-def peak_memory_gb() -> dict[str, float]:
-    """Largest memory that this process has held so far, in 10⁹ bytes: of the host, and of each CUDA device it used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
-    for i in range(torch.cuda.device_count()):
-        peaks[f"cuda:{i}"] = torch.cuda.max_memory_allocated(i) / 1e9
-    return {name: round(value, 3) for name, value in peaks.items()}
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes `record` to `path` whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(record, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def _git(repository: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+def _acts(model: PeftModel) -> bool:
+    """Whether the adapter changes what the model computes: lora_B or lorasb_R is not 0 in some layer."""
+    last = ("lora_B.weight", "lorasb_R", "lora_embedding_A")
+    return any(name.endswith(last) and bool(tensor.any()) for name, tensor in _adapter_tensors(model).items())

@@ -6,9 +6,15 @@ from trl import SFTTrainer
 from . import papers
 from .callbacks import RefLoraCallback
 from .lora_sb import LoraSbCallback
+from .publishing_trainer import PublishingMixin
 
 
-class _RefLoraMixin:
+def _start(callbacks: list) -> dict[str, str]:
+    """How an ordinary LoRA is started, as the run record says it."""
+    return {"init": "lora_sb"} if any(isinstance(callback, LoraSbCallback) for callback in callbacks) else {}
+
+
+class _RefLoraMixin(PublishingMixin):
     """Adds `RefLoraCallback` to a Trainer and its metrics to the training log."""
 
     def __init__(self, *args, reflora: RefLoraCallback | None = None, callbacks: list | None = None, **kwargs):
@@ -20,6 +26,9 @@ class _RefLoraMixin:
         self.reflora = RefLoraCallback() if reflora is None else reflora
         super().__init__(*args, callbacks=[*(callbacks or []), self.reflora], **kwargs)
         self.reflora.check(self.model, self.optimizer)
+
+    def _record_facts(self, callbacks: list) -> dict[str, str]:
+        return {"method": self.reflora.reflora.method, **_start(callbacks)}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # the training log, not evaluation or the summary at the end
@@ -69,7 +78,7 @@ class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
     _paper = papers.REFLORA
 
 
-class LoraSbSFTTrainer(SFTTrainer):
+class LoraSbSFTTrainer(PublishingMixin, SFTTrainer):
     """TRL's `SFTTrainer` with LoRA-SB (https://huggingface.co/papers/2411.19557).
 
     Takes the arguments of `trl.SFTTrainer` and `lora_sb`, the callback with the initialization's settings (default
@@ -105,3 +114,6 @@ class LoraSbSFTTrainer(SFTTrainer):
                 "The loss is not the model's own (compute_loss_func). Give LoraSbCallback(forward_fn=...), which "
                 "computes it."
             )
+
+    def _record_facts(self, callbacks: list) -> dict[str, str]:
+        return _start(callbacks)  # of a LoraConfig; a LoraSbConfig says it itself

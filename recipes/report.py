@@ -1,10 +1,8 @@
-"""What a run shows at its end: a table before/after, examples side by side, and a plot."""
+"""What a run shows at its end: a table before/after, and examples side by side."""
 
 import textwrap
-from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -41,28 +39,3 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
 
 def _shortened(text: str) -> str:
     return textwrap.shorten(text, 160, placeholder=" …")
-
-
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Training loss by step and the scores before and after, as a PNG."""
-    points = [(entry["step"], float(entry["loss"])) for entry in record["log"] if "loss" in entry]
-    scores = record["scores"]
-    names = list(scores["before"])
-    figure = Figure(figsize=(10 if names else 6, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if names else 1, squeeze=False)
-    loss = axes[0][0]
-    loss.plot(*zip(*points, strict=True), marker=".", color="tab:blue")
-    loss.set(xlabel="optimizer step", ylabel="training loss", title=f"{record['method']} on {record['model']}")
-    loss.set_ylim(bottom=0)
-    loss.grid(alpha=0.3)
-    if names:
-        bars = axes[0][1]
-        for offset, when, color in ((-0.2, "before", "tab:gray"), (0.2, "after", "tab:blue")):
-            places = [i + offset for i in range(len(names))]
-            drawn = bars.bar(places, [scores[when][name] for name in names], 0.4, label=when, color=color)
-            bars.bar_label(drawn, fmt="%.2f", fontsize=8)
-        bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-        bars.set_title(f"{scores['rows']} held-out rows")
-        bars.set_ylim(top=max(1.0, *(value for when in ("before", "after") for value in scores[when].values())) * 1.1)
-        bars.legend()
-    figure.savefig(path, dpi=120)

@@ -8,12 +8,11 @@ Any option of TRL's SFT script works, on the command line or in the YAML file, a
         --dataset_name trl-lib/Capybara --method reflora --learning_rate 2e-4 --output_dir runs/capybara --push_to_hub
 """
 
-import dataclasses
+import logging
 import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,33 @@ from trl import (
     get_quantization_config,
 )
 
-from hf_reflora import LoraSbArguments, LoraSbConfig, LoraSbSFTTrainer, RefLoraArguments, RefLoraSFTTrainer
-from hf_reflora.card import NATIVE, is_hub_id, render
-from hf_reflora.record import environment, peak_memory_gb, usable_cores, write_json
+from hf_reflora import (
+    LoraSbArguments,
+    LoraSbConfig,
+    LoraSbSFTTrainer,
+    PublishingMixin,
+    PushError,
+    RefLoraArguments,
+    RefLoraSFTTrainer,
+    RunRecordCallback,
+)
+from hf_reflora.card import NATIVE
+from hf_reflora.environment import environment, usable_cores
+from hf_reflora.ids import hub_id
+from hf_reflora.record import dataset_facts, non_default
 
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("lora", "reflora", "reflora_s", "lora_sb", "lora_xs")
 INITS = ("default", "lora_sb")
 EXAMPLES = 5
+
+
+class LoraSFTTrainer(PublishingMixin, SFTTrainer):
+    """Plain LoRA, to compare with."""
+
+    _tag_names = ["trl", "sft"]
 
 
 @dataclass
@@ -130,23 +148,6 @@ def score_labelled_positions_only() -> None:
     trl.trainer.utils._use_triton = lambda device: True
 
 
-def hub_id(name: str) -> str | None:
-    """The name, if it is one on the Hub and not a local folder that looks like one."""
-    return name if is_hub_id(name) and not Path(name).exists() else None
-
-
-def changed(arguments: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from its defaults, without secrets."""
-    values = {}
-    for f in dataclasses.fields(arguments):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        value = getattr(arguments, f.name)
-        plain = isinstance(value, int | float | str | list | dict)
-        if f.init and plain and value != default and "hub_token" not in f.name:
-            values[f.name] = value.value if isinstance(value, Enum) else value
-    return values
-
-
 def check(
     model_args: ModelConfig, recipe: RecipeArguments, reflora_args: RefLoraArguments, lorasb_args: LoraSbArguments
 ) -> None:
@@ -155,12 +156,12 @@ def check(
         raise ValueError("This recipe trains LoRA adapters; leave use_peft true.")
     unused = {}
     if recipe.method not in ("reflora", "reflora_s"):
-        unused |= changed(reflora_args)
+        unused |= non_default(reflora_args)
     if recipe.method != "lora_sb" and recipe.init != "lora_sb":
-        unused |= changed(lorasb_args)
+        unused |= non_default(lorasb_args)
     if recipe.method in NATIVE:
         ordinary = ("lora_alpha", "use_rslora", "use_dora", "lora_target_parameters")
-        unused |= {name: value for name, value in changed(model_args).items() if name in ordinary}
+        unused |= {name: value for name, value in non_default(model_args).items() if name in ordinary}
     if unused:
         raise ValueError(
             f"method is {recipe.method}, init {recipe.init}, but settings of others: {', '.join(unused)}."
@@ -193,7 +194,7 @@ def main(
     start = time.monotonic()
     facts = environment(Path(__file__).parent)
     groups = (script_args, training_args, model_args, recipe, reflora_args, lorasb_args)
-    given = {name: value for group in groups for name, value in changed(group).items()}
+    given = {name: value for group in groups for name, value in non_default(group).items()}
     check(model_args, recipe, reflora_args, lorasb_args)
     evaluate_loss = training_args.eval_strategy != "no"
 
@@ -229,7 +230,16 @@ def main(
         shared = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(recipe.cpu_threads or shared)  # accelerate launch sets OMP_NUM_THREADS=1
     lora_sb = lorasb_args.callback()
-    trainer_cls, settings = SFTTrainer, {"callbacks": [lora_sb] if recipe.init == "lora_sb" else []}
+    model_name, dataset_name = model_args.model_name_or_path, script_args.dataset_name
+    record = RunRecordCallback(
+        init=recipe.init,
+        model=model_name,
+        base_model=hub_id(model_name),
+        arguments=given,
+        environment=facts,
+        **{"dataset": dataset_name, "dataset_id": hub_id(dataset_name), **dataset_facts(train_rows)},
+    )
+    trainer_cls, settings = LoraSFTTrainer, {"callbacks": [record, *([lora_sb] if recipe.init == "lora_sb" else [])]}
     if recipe.method in ("reflora", "reflora_s"):
         trainer_cls, settings = RefLoraSFTTrainer, settings | {"reflora": reflora_args.callback(recipe.method)}
     elif recipe.method in NATIVE:
@@ -268,63 +278,43 @@ def main(
 
     references = [evaluation.reference(row) for row in test_rows] if recipe.score is not None else []
     before, answers_before = evaluate("before")
-    begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    seconds["train"] = time.monotonic() - begin
+    trainer.run_record.update(scores={"before": before})
+    try:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    except PushError as error:
+        logger.error(error)  # everything is pushed once more below
     after, answers_after = evaluate("after")
-    trainer.save_model(training_args.output_dir)
-
+    examples = []
+    for i in range(min(EXAMPLES, len(references))):
+        prompt = test_rows[i]["prompt"]
+        examples.append(
+            {
+                "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                "before": answers_before[i],
+                "after": answers_after[i],
+                "reference": references[i],
+            }
+        )
+    trainer.run_record.update(
+        scores={"after": after}
+        | ({"rows": len(test_rows), "split": script_args.dataset_test_split} if test_rows is not None else {}),
+        examples=examples,
+        seconds={name: round(value, 1) for name, value in seconds.items()}
+        | {"total": round(time.monotonic() - start, 1)},
+    )
+    trainer.save_model(_internal_call=True)  # without a push, which comes below with everything
     if trainer.is_world_process_zero():
-        examples = []
-        for i in range(min(EXAMPLES, len(references))):
-            prompt = test_rows[i]["prompt"]
-            examples.append(
-                {
-                    "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
-                    "before": answers_before[i],
-                    "after": answers_after[i],
-                    "reference": references[i],
-                }
-            )
-        record = {
-            "schema": 1,
-            "method": recipe.method,
-            "init": recipe.init,
-            "model": model_args.model_name_or_path,
-            "base_model": hub_id(model_args.model_name_or_path),
-            "dataset": script_args.dataset_name,
-            "dataset_id": hub_id(script_args.dataset_name),
-            "train_rows": len(train_rows),
-            "seed": training_args.seed,
-            "processes": training_args.world_size,
-            "backend": trainer.accelerator.distributed_type.value,
-            "arguments": given,
-            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-            "scores": {"rows": len(test_rows) if test_rows is not None else 0, "before": before, "after": after},
-            "examples": examples,
-            "log": trainer.state.log_history,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()}
-            | {"total": round(time.monotonic() - start, 1)},
-            "peak_memory_gb": peak_memory_gb(),
-            "environment": facts,
-        }
-        finish(record, Path(training_args.output_dir))
+        import report
 
+        saved = trainer.run_record.record
+        report.show(saved)
+        print(f"Trained in {saved['seconds']['train']:.0f} s, {saved['seconds']['total']:.0f} s in all.")
+        print(f"Adapter, model card, run record and plot: {training_args.output_dir}")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        commit = trainer.push_to_hub()
+        if commit is not None:
+            print(f"Pushed: {commit.commit_url}")
     trainer.end()
-
-
-def finish(record: dict[str, Any], folder: Path) -> None:
-    """Writes the record, the plot and the card beside the adapter and shows what the run did."""
-    import report
-
-    write_json(folder / "run_record.json", record)
-    report.plot(record, folder / "training.png")
-    (folder / "README.md").write_text(render(record, plot="training.png"), encoding="utf-8")
-    report.show(record)
-    print(f"Trained in {record['seconds']['train']:.0f} s, {record['seconds']['total']:.0f} s in all.")
-    print(f"Adapter, model card, run record and plot: {folder}")
 
 
 if __name__ == "__main__":

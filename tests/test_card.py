@@ -9,8 +9,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_reflora.card import LICENSES, METHODS, check_front_matter, is_hub_id, render
+from hf_reflora.card import LICENSES, MARK, METHODS, check_front_matter, render
 from hf_reflora.cli import main
+from hf_reflora.ids import is_hub_id
 
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,7 @@ def test_front_matter():
     assert data["language"] == "en"
     assert data["pipeline_tag"] == "text-generation"
     assert data["tags"] == [
-        *("base_model:adapter:org/base", "lora", "reflora", "sft", "transformers", "trl", "mine"),
+        *("base_model:adapter:org/base", "lora", "reflora", "sft", "trl", "transformers", "mine"),
     ]
     [model] = data["model-index"]
     metrics = {m["name"]: m["value"] for result in model["results"] for m in result["metrics"]}
@@ -133,7 +134,7 @@ def test_user_text_stays_text(text):
     card = render(record(examples=[example], arguments=arguments), tags=[text])
     expected = front_matter(clean)
     assert front_matter(card) == {**expected, "tags": [*expected["tags"], " ".join(text.split())]}
-    body = card.split("---\n", 2)[2]
+    body = MARK.sub("", card.split("---\n", 2)[2], count=1)
     prose = re.sub(r"^```\w*\n.*?\n```$", "", body, flags=re.S | re.M)
     assert "<script" not in prose
     assert "<!--" not in prose

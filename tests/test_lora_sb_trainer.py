@@ -660,11 +660,11 @@ def test_tags_and_card(tmp_path):
     trainer = make_trainer(tmp_path, kind="LoraSbSFTTrainer", save_strategy="steps", save_steps=4)
     trainer.train()
     assert "lora-sb" in trainer.model.model_tags
-    assert {"trl", "sft", "lora-sb"} <= set(ModelCard.load(tmp_path / "checkpoint-4" / "README.md").data.tags)
-    text = (tmp_path / "README.md").read_text()
-    assert "SFT (LoRA-SB)" in text
-    assert "https://huggingface.co/papers/2411.19557" in text
-    assert "ponkshe2024initialization" in text
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"trl", "sft", "lora-sb"} <= set(card.data.tags)
+    assert "https://huggingface.co/papers/2411.19557" in card.text
+    assert "ponkshe2024initialization" in card.text
+    assert "hf-reflora export" in card.text
 
 
 @pytest.mark.parametrize("kind", ["SFTTrainer", "LoraSbSFTTrainer"])

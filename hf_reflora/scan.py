@@ -1,0 +1,55 @@
+"""Secrets in files that are about to be published."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+PATTERNS = {
+    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}",
+    "a GitHub token": rb"\b(ghp|gho|ghs|github_pat)_[A-Za-z0-9_]{30,}",
+    "an OpenAI or Anthropic key": rb"\bsk-[A-Za-z0-9_-]{30,}",
+    "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+SHORTEST = 8
+CHUNK, OVERLAP = 1 << 24, 1 << 10
+
+
+class SecretFound(ValueError):
+    """A file has a secret in it; the message tells which kind and where, not the secret."""
+
+
+def check_files(folder: Path, files: Iterable[Path], secrets: Iterable[str | None] = ()) -> None:
+    """Looks for tokens and keys, and for the values of this process's environment variables that are named like one.
+
+    Args:
+        folder: The files' folder, for the message.
+        files: Files to read, of any kind and size.
+        secrets: Further values to look for, such as the token in use.
+
+    Raises:
+        SecretFound: with all places.
+    """
+    known = [("the token in use", value) for value in secrets if value]
+    named = {name: value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
+    known += [(f"the value of ${name}", value) for name, value in named.items() if not Path(value).exists()]
+    patterns = PATTERNS | {what: re.escape(value.encode()) for what, value in known}
+    found = [f"{file.relative_to(folder)} has {what}" for file in files for what in _kinds(file, patterns)]
+    if found:
+        raise SecretFound(
+            f"Secrets were found and nothing was published: {'; '.join(found)}. Remove them from the files, and "
+            "revoke them if the files have been anywhere else."
+        )
+
+
+def _kinds(file: Path, patterns: dict[str, bytes]) -> list[str]:
+    found, tail = [], b""
+    with open(file, "rb") as stream:
+        while block := stream.read(CHUNK):
+            text = tail + block
+            found += [what for what, pattern in patterns.items() if what not in found and re.search(pattern, text)]
+            tail = text[-OVERLAP:]
+    return found
