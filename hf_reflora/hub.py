@@ -328,7 +328,7 @@ def _retry_after(error: BaseException) -> float:
 def _reason(error: BaseException, user: str) -> str:
     """A sentence for a person; without addresses, which may be signed."""
     status = _status(error)
-    said = getattr(error, "server_message", None) or (None if _response(error) is not None else str(error))
+    said = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
     said = re.sub(r"https?://\S+", "…", " ".join(str(said or "").split()))[:300]
     detail = f" ({said})" if said else ""
     if status in (402, 413, 507) or re.search(r"quota|storage limit|exceeded your", said, re.IGNORECASE):

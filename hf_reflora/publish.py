@@ -182,7 +182,9 @@ def stage(folder: Path, target: Path, *, record: dict[str, Any], checkpoints: di
     (target / CARD_NAME).unlink(missing_ok=True)
     if is_edited(_read(folder / CARD_NAME)):
         link(folder / CARD_NAME, target / CARD_NAME)
-    return sorted(path.name for path in folder.iterdir() if not (target / path.name).exists())
+    return sorted(
+        path.name for path in folder.iterdir() if path.name != CARD_NAME and not (target / path.name).exists()
+    )
 
 
 def _record(folder: Path, base_model: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .environment import environment, peak_memory_gb, without_secrets, write_json
-from .ids import hub_id
+from .ids import commit_in_cache, hub_id
 from .inspect import diagnostics, method_of
 from .lora_sb import LoraSbConfig
 
@@ -100,13 +100,14 @@ class RunRecordCallback(TrainerCallback):
         self._model, self._state = model, state
         config = model.active_peft_config
         name = config.base_model_name_or_path or ""
-        revision = getattr(model.config, "_commit_hash", None) if hasattr(model, "config") else None
+        base_model = hub_id(name)
+        revision = config.revision or (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         self.update(
             method=method_of(config),
             init="default",
             model=name,
-            base_model=hub_id(name),
-            base_revision=revision,
+            base_model=base_model,
+            base_revision=commit_in_cache(base_model, revision) if base_model else None,
             peft=non_default(config),
             arguments=non_default(args),
             seed=args.seed,
@@ -182,13 +183,13 @@ class RunRecordCallback(TrainerCallback):
             run["to_step"] = self.record["step"] = self._state.global_step
             run["seconds"] = round(time.monotonic() - self._begin, 1)
             trained = round(sum(run.get("seconds", 0) for run in self.record["runs"]), 1)
-            self.update(seconds={"train": trained})
+            peaks, earlier = peak_memory_gb(), self.record.get("peak_memory_gb", {})
+            peaks = {name: max(gb, earlier.get(name, 0)) for name, gb in peaks.items()}
+            self.update(seconds={"train": trained}, peak_memory_gb=peaks)
         seen = [entry["num_tokens"] for entry in self.record["log"] if "num_tokens" in entry and "loss" in entry]
         tokens = int(seen[-1]) if seen else self._state.num_input_tokens_seen
         if tokens:
             self.record["tokens"] = tokens
-        peaks, earlier = peak_memory_gb(), self.record.get("peak_memory_gb", {})
-        self.record["peak_memory_gb"] = {name: max(gb, earlier.get(name, 0)) for name, gb in peaks.items()}
         self.record["diagnostics"] = diagnostics(self._model.active_peft_config, _adapter_tensors(self._model))
 
 

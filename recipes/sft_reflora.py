@@ -43,7 +43,7 @@ from hf_reflora import (
     RunRecordCallback,
 )
 from hf_reflora.card import NATIVE
-from hf_reflora.environment import environment, usable_cores
+from hf_reflora.environment import environment, peak_memory_gb, usable_cores
 from hf_reflora.ids import hub_id
 from hf_reflora.record import dataset_facts, non_default
 
@@ -301,6 +301,7 @@ def main(
         examples=examples,
         seconds={name: round(value, 1) for name, value in seconds.items()}
         | {"total": round(time.monotonic() - start, 1)},
+        peak_memory_gb=peak_memory_gb(),
     )
     trainer.save_model(_internal_call=True)  # without a push, which comes below with everything
     if trainer.is_world_process_zero():

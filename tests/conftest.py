@@ -11,6 +11,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# tests/hub needs a process of its own, see test_hub.py.
+collect_ignore = [] if "HUB_TESTS" in os.environ else ["hub"]
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -970,6 +970,8 @@ class Hub:
         if what == "fault":
             default = {"method": "POST", "times": 1, "skip": 0, "status": 500, "headers": {}, "action": "answer"}
             self.faults.append(default | {"body": {"error": "Injected fault"}, "seconds": 1} | body)
+        elif what == "mend":
+            self.faults.clear()
         elif what == "reset":
             self.reset()
         elif what == "user":

@@ -74,6 +74,10 @@ class LocalHub:
         """
         self._control("fault", {"path": path, "method": method, **fault})
 
+    def mend(self):
+        """No more faults."""
+        self._control("mend", {})
+
     def reset(self):
         self._control("reset", {})
 
