@@ -23,6 +23,6 @@ def hub_id(name: Any) -> str | None:
 
 
 def commit_in_cache(model_id: str, revision: str | None = None) -> str | None:
-    """The commit that `from_pretrained(model_id, revision=…)` of this process has loaded, None if it cannot be told."""
+    """The commit that `from_pretrained(model_id, revision=…)` has loaded, None if that cannot be told."""
     path = try_to_load_from_cache(model_id, "config.json", revision=revision or "main")
     return Path(path).parent.name if isinstance(path, str) else None  # …/snapshots/COMMIT/config.json

@@ -211,15 +211,15 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
     """What a `datasets.Dataset` knows of itself: id and commit on the Hub, configuration, split, fingerprint, rows."""
     if not isinstance(dataset, datasets.Dataset):
         return {}
-    sources = [
-        re.match(r"hf://datasets/([^@]+)@([0-9a-f]{40})/", url) for url in dataset.info.download_checksums or {}
-    ]
-    source = next(filter(None, sources), None)
+    # Where `datasets` keeps one of the Hub: …/org___name/configuration/version/commit/….arrow
+    paths = [Path(file["filename"]).parts for file in dataset.cache_files]
+    name, config, _, commit, _ = paths[0][-5:] if paths and len(paths[0]) >= 5 else [""] * 5
+    on_hub = "___" in name and re.fullmatch("[0-9a-f]{40}", commit)
     facts = {
-        "dataset": source[1] if source else None,
-        "dataset_id": source[1] if source else None,
-        "dataset_revision": source[2] if source else None,
-        "dataset_config": dataset.info.config_name if source else None,
+        "dataset": name.replace("___", "/", 1) if on_hub else None,
+        "dataset_id": name.replace("___", "/", 1) if on_hub else None,
+        "dataset_revision": commit if on_hub else None,
+        "dataset_config": config if on_hub else None,
         "dataset_split": str(dataset.split) if dataset.split is not None else None,
         "dataset_fingerprint": dataset._fingerprint,
         "train_rows": len(dataset),

@@ -37,8 +37,8 @@ def runs():
             for path in ("lfs", "xet")
         }
         with ThreadPoolExecutor(2) as pool:
-            outputs = dict(zip(started, pool.map(lambda run: run.communicate(timeout=550)[0], started.values())))
-        yield {path: (run.returncode, outputs[path]) for path, run in started.items()}
+            outputs = list(pool.map(lambda run: run.communicate(timeout=550)[0], started.values()))
+        yield {path: (run.returncode, output) for (path, run), output in zip(started.items(), outputs, strict=True)}
 
 
 @pytest.mark.slow

@@ -31,7 +31,9 @@ def lora(folder, seed=1, base="me/base", record=RECORD, **config):
 def lora_sb(folder, base="me/base"):
     torch.manual_seed(3)
     config = LoraSbConfig(r=4, target_modules=["q_proj", "down_proj"], init_weights=False, task_type="CAUSAL_LM")
-    return saved(get_peft_model(tiny.llama(), config), folder, base, {**RECORD, "method": "lora_sb", "base_model": base})
+    return saved(
+        get_peft_model(tiny.llama(), config), folder, base, {**RECORD, "method": "lora_sb", "base_model": base}
+    )
 
 
 def saved(model: PeftModel, folder, base, record):

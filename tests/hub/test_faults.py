@@ -17,6 +17,9 @@ from hf_reflora import PushError, hub, push_adapter
 
 CONFLICT = {"error": "Cannot create repo: another conflicting operation is in progress"}
 MOVED = {"error": "A commit has happened since. Please refresh and try again."}
+NO_RIGHTS = {"error": "No rights"}
+QUOTA = {"error": "Private storage limit reached"}
+BAD_CARD = {"errors": [{"message": "bad x"}]}
 HTML = "<html><body>502 Bad Gateway</body></html>"
 GET, ANY, PUT = {"method": "GET"}, {"method": "GET|HEAD"}, {"method": "PUT"}
 # (name, path, fault): each is survived, with one commit.
@@ -63,16 +66,34 @@ XET_TOKEN = [
 # (name, path, fault, what a person reads, commits that exist)
 FATAL = [
     ("whoami 401", "/whoami-v2", {**GET, "status": 401}, "the token is not valid", None),
-    ("create 403", "/repos/create", {"status": 403, "body": {"error": "No rights"}}, "may not do this .* .No rights", None),
+    (
+        "create 403",
+        "/repos/create",
+        {"status": 403, "body": {"error": "No rights"}},
+        "may not do this .* .No rights",
+        None,
+    ),
     ("create 402", "/repos/create", {"status": 402}, "the storage or plan of me does not allow it", None),
-    ("create conflict for ever", "/repos/create", {"status": 409, "body": CONFLICT}, "another conflicting operation", None),
-    ("validate-yaml 400", "/validate-yaml", {"status": 400, "body": {"errors": [{"message": "bad x"}]}}, "bad x", 1),
+    (
+        "create conflict for ever",
+        "/repos/create",
+        {"status": 409, "body": CONFLICT},
+        "another conflicting operation",
+        None,
+    ),
+    ("validate-yaml 400", "/validate-yaml", {"status": 400, "body": BAD_CARD}, "bad x", 1),
     ("validate-yaml HTML for ever", "/validate-yaml", {"status": 502, "body": HTML}, "not JSON", 1),
     ("preupload 401", "/preupload/", {"status": 401}, "was not found|token is not valid", 1),
     ("preupload 403", "/preupload/", {"status": 403}, "me may not do this with the token in use", 1),
-    ("commit 403", "/commit/", {"status": 403, "body": {"error": "No rights"}}, "may not do this .* .No rights", 1),
+    ("commit 403", "/commit/", {"status": 403, "body": NO_RIGHTS}, "may not do this .* .No rights", 1),
     ("commit 413", "/commit/", {"status": 413}, "the storage or plan of me does not allow it", 1),
-    ("quota", "/commit/", {"status": 403, "body": {"error": "Private storage limit reached"}}, "the storage or plan", 1),
+    (
+        "quota",
+        "/commit/",
+        {"status": 403, "body": {"error": "Private storage limit reached"}},
+        "the storage or plan",
+        1,
+    ),
     ("commit 429 for ever", "/commit/", {"status": 429}, "the Hub limits the number of requests", 1),
     ("commit 500 for ever", "/commit/", {"status": 500}, "with an error 6 times, the last one 500", 1),
     ("commit 412 for ever", "/commit/", {"status": 412, "body": MOVED}, "others kept changing it", 1),
@@ -89,7 +110,9 @@ FATAL_XET = [
 
 
 def weights_arrived(server, folder):
-    return server.read("me/adapter", "adapter_model.safetensors") == (folder / "adapter_model.safetensors").read_bytes()
+    return (
+        server.read("me/adapter", "adapter_model.safetensors") == (folder / "adapter_model.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +136,7 @@ def test_survived(server, tmp_path, path, fault):
     [pytest.param(*case[1:], id=case[0]) for case in FATAL + (FATAL_XET if XET else FATAL_LFS)],
 )
 def test_fatal_until_mended(server, tmp_path, path, fault, message, commits):
-    """The push stops in bounded time with a sentence; the same call, once the fault is gone, brings what is missing."""
+    """The push stops in bounded time with a sentence; the same call brings what is missing once the fault is gone."""
     folder = adapters.lora(tmp_path)
     server.fault(path, **{"times": -1, **fault})
     begin = time.monotonic()

@@ -261,7 +261,7 @@ def test_refusals_before_anything_is_sent(server, tmp_path, repo_id, token, opti
 def test_no_token(server, tmp_path, monkeypatch):
     folder = adapters.lora(tmp_path)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(PushError, match="No Hugging Face token was found. Log in with `hf auth login`, or set HF_TOKE"):
+    with pytest.raises(PushError, match="No Hugging Face token was found"):
         push_adapter(folder, "me/adapter")
     assert server.log(path="/api/") == []
 
@@ -275,7 +275,7 @@ def test_offline(server, tmp_path, monkeypatch):
 
 def test_a_public_repository_is_not_taken_for_a_private_one(server, tmp_path):
     HfApi().create_repo("me/adapter")
-    with pytest.raises(PushError, match="me/adapter exists and is public. Make it private in its settings"):
+    with pytest.raises(PushError, match=r"me/adapter exists and is public. Make it private in its settings"):
         push_adapter(adapters.lora(tmp_path), "me/adapter", private=True)
     assert len(server.commits("me/adapter")) == 1
 
@@ -292,7 +292,7 @@ def test_a_repository_one_may_not_write_to(server, tmp_path):
 def test_another_base_model_is_refused_unless_told(server, tmp_path):
     push_adapter(adapters.lora(tmp_path / "a"), "me/adapter")
     other = adapters.lora(tmp_path / "b", base="me/larger", record={**adapters.RECORD, "base_model": "me/larger"})
-    with pytest.raises(PushError, match="me/adapter holds an adapter of me/base, this one is of me/larger. Push to"):
+    with pytest.raises(PushError, match=r"me/adapter holds an adapter of me/base, this one is of me/larger. Push to"):
         push_adapter(other, "me/adapter")
     push_adapter(other, "me/adapter", other_base=True)
     assert front_matter(server, "me/adapter")["base_model"] == "me/larger"
