@@ -20,6 +20,7 @@ RECORDS = ROOT / "benchmarks" / "records"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
+import compare_cards  # noqa: E402
 import init_cost  # noqa: E402
 import step_cost  # noqa: E402
 
@@ -117,6 +118,20 @@ def test_initialization_tables_are_the_record():
     step = record["memory"]["a LoRA training step"]["gb"]
     assert record["memory"]["LoRA-SB"]["gb"] <= step
     assert all(ways["block Krylov"]["missed_energy"] <= 1e-4 for ways in record["svd"].values())
+
+
+def test_cards_table_is_the_record():
+    record = json.loads(compare_cards.RECORD.read_text(encoding="utf-8"))
+    assert compare_cards.table(record["answers"]) in README
+    assert record["environment"]["uncommitted_changes"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["hf_reflora", "PEFT", "TRL", "transformers"])
+def test_cards_are_as_recorded(library, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [compare_cards.__file__])  # the command that the card shows
+    record = json.loads(compare_cards.RECORD.read_text(encoding="utf-8"))
+    assert compare_cards.answers(compare_cards.LIBRARIES[library]) == record["answers"][library]
 
 
 def test_export_command_runs(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -335,6 +336,14 @@ def test_command_pushes_and_says_what(server, tmp_path, capsys):
     assert "adapter_model.safetensors" in out[1]
     assert out[2] == f"Left out: {', '.join(adapters.LEFT_OUT)}"
     assert front_matter(server, "me/adapter")["tags"][-2:] == ["a", "b"]
+
+
+def test_the_readmes_command_pushes(server, tmp_path, monkeypatch):
+    [line] = re.findall(r"^ +hf-reflora (push .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    monkeypatch.chdir(tmp_path)
+    adapters.lora(tmp_path / line.split()[1])
+    main(line.split())
+    assert set(server.files("me/tool-calls")) == FILES
 
 
 def test_command_fails_in_one_line_with_a_status(server, tmp_path):
