@@ -25,8 +25,8 @@ compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, the
 
 cards: $(VENV)/demo ## Render model_cards/ anew from the records
 	for record in benchmarks/records/smollm2-135m/*-seed0.json; do \
-		card=model_cards/smollm2-135m-$$(basename $$record -seed0.json).md; \
-		$(VENV)/bin/hf-reflora card $$record --output $$card || exit 1; \
+		name=smollm2-135m-$$(basename $$record -seed0.json); \
+		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
 	done
 
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (under 10 minutes on 2 cores)

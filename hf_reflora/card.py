@@ -91,6 +91,7 @@ FRONT_MATTER = {
 }
 # Methods whose adapters are LoraSbConfig's, which only hf_reflora loads before an export.
 NATIVE = ("lora_sb", "lora_xs")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 SB_START = (
     " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "
     "full fine-tuning."
@@ -173,7 +174,7 @@ def render(
         native=native,
         native_folder=native_folder,
         repo_id=repo_id,
-        rank=_rank(record),
+        vllm_rank=_vllm_rank(record),
         messages=_messages(record),
         facts=_facts(record),
         command=_command(record),
@@ -307,10 +308,10 @@ def _messages(record: dict[str, Any]) -> str | None:
     return "\n".join(["[", *(f"    {line}" for line in lines), "]"])
 
 
-def _rank(record: dict[str, Any]) -> int | None:
-    """The largest rank of the adapter."""
-    ranks = record.get("diagnostics", {}).get("ranks") or [record.get("arguments", {}).get("lora_r")]
-    return ranks[-1]
+def _vllm_rank(record: dict[str, Any]) -> int:
+    """The smallest `--max-lora-rank` of vLLM's choices that the adapter fits in."""
+    ranks = record.get("diagnostics", {}).get("ranks") or [record.get("arguments", {}).get("lora_r", 64)]
+    return next((rank for rank in VLLM_RANKS if rank >= ranks[-1]), VLLM_RANKS[-1])
 
 
 def _command(record: dict[str, Any]) -> str | None:
@@ -340,7 +341,7 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
         "seed": record.get("seed"),
         "processes": record.get("processes"),
         "backend": record.get("backend") if record.get("processes", 1) > 1 else None,
-        "training time": f"{seconds['train']:.0f} s" if "train" in seconds else None,
+        "training time": f"{seconds['train']:.3g} s" if "train" in seconds else None,
         "peak memory": ", ".join(f"{n} {gb} GB" for n, gb in record.get("peak_memory_gb", {}).items()),
         "hardware": ", ".join(environment.get("gpus") or [environment.get("cpu") or ""]),
         **{name: value for name, value in record.get("arguments", {}).items() if name != "output_dir"},

@@ -31,7 +31,7 @@ def add_card(commands) -> None:
         "--output", type=Path, metavar="FILE", help="file to write (default: README.md beside the record)"
     )
     parser.add_argument("--repo-id", metavar="ID", help="the adapter's id on the Hub, for the snippets")
-    parser.add_argument("--plot", metavar="PNG", help="beside the card (default: training.png)")
+    parser.add_argument("--plot", metavar="PNG", default="training.png", help="beside the card; drawn if not there")
     parser.add_argument("--license", metavar="ID", help="Hub license id, such as apache-2.0")
     parser.add_argument("--language", nargs="+", metavar="CODE", help="such as en")
     parser.add_argument("--tags", nargs="+", metavar="TAG", default=(), help="further tags")
@@ -42,11 +42,13 @@ def add_card(commands) -> None:
 
 def card(options: argparse.Namespace) -> None:
     from .card import render
+    from .plot import plot as draw
 
     record = json.loads(options.record.read_text(encoding="utf-8"))
     record |= {"base_model": options.base_model} if options.base_model else {}
     output = options.output or options.record.with_name("README.md")
-    plot = options.plot or ("training.png" if output.with_name("training.png").exists() else None)
+    picture = output.with_name(options.plot)
+    plot = options.plot if picture.exists() or draw(record, picture) else None
     names = ("repo_id", "exported", "license", "language", "tags")
     text = render(record, plot=plot, **{name: getattr(options, name) for name in names})
     output.write_text(text, encoding="utf-8")

@@ -30,14 +30,15 @@ def front_matter(card):
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_shipped_cards_are_what_the_code_renders(path):
-    name = path.stem.removesuffix("-seed0")
-    shipped = ROOT / "model_cards" / f"smollm2-135m-{name}.md"
-    assert render(json.loads(path.read_text(encoding="utf-8"))) == shipped.read_text(encoding="utf-8")
+    name = f"smollm2-135m-{path.stem.removesuffix('-seed0')}"
+    card = render(json.loads(path.read_text(encoding="utf-8")), plot=f"{name}.png")
+    assert (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8") == card
+    assert (ROOT / "model_cards" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_shipped_card_has_its_record():
     names = {f"smollm2-135m-{path.stem.removesuffix('-seed0')}.md" for path in RECORDS}
-    assert {path.name for path in (ROOT / "model_cards").iterdir()} == names
+    assert {path.name for path in (ROOT / "model_cards").glob("*.md")} == names
 
 
 def test_front_matter():
@@ -182,11 +183,11 @@ def test_unknown_license_raises_before_anything_is_written(tmp_path, capsys):
 
 def test_command_writes_the_card_beside_the_record(tmp_path):
     (tmp_path / "run_record.json").write_text(json.dumps(record()), encoding="utf-8")
-    (tmp_path / "training.png").write_bytes(b"")
     main(["card", str(tmp_path / "run_record.json"), "--license", "mit", "--repo-id", "me/adapter", "--tags", "x"])
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card == render(record(), repo_id="me/adapter", license="mit", plot="training.png", tags=["x"])
     assert "# adapter" in card
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert 'from_pretrained(base), "me/adapter")' in card
 
 
