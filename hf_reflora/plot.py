@@ -18,7 +18,8 @@ def plot(record: dict[str, Any], path: str | os.PathLike) -> bool:
     axes = figure.subplots(1, 2 if names else 1, squeeze=False)
     loss = axes[0][0]
     loss.plot(*zip(*points, strict=True), marker=".", color="tab:blue")
-    loss.set(xlabel="optimizer step", ylabel="training loss", title=f"{record['method']} on {record['model']}")
+    model = record.get("base_model") or os.path.basename(record["model"])
+    loss.set(xlabel="optimizer step", ylabel="training loss", title=f"{record['method']} on {model}")
     loss.set_ylim(bottom=0)
     loss.grid(alpha=0.3)
     if names:
@@ -28,7 +29,7 @@ def plot(record: dict[str, Any], path: str | os.PathLike) -> bool:
             drawn = bars.bar(places, [values[name] for name in names], 0.4, label=when, color=color)
             bars.bar_label(drawn, fmt="%.2f", fontsize=8)
         bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-        bars.set_title(f"{scores['rows']} held-out rows" if scores.get("rows") else "before and after training")
+        bars.set_title(f"{scores['rows']} evaluation rows" if scores.get("rows") else "before and after training")
         bars.set_ylim(top=max(1.0, *(found[name] for found in (before, after) for name in names)) * 1.1)
         bars.legend()
     unfinished = f"{os.fspath(path)}.tmp"

@@ -14,7 +14,6 @@ from typing import Any
 import datasets
 from accelerate.state import PartialState
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
 from transformers import TrainerCallback
 
 from .environment import environment, peak_memory_gb, without_secrets, write_json
@@ -88,11 +87,12 @@ class RunRecordCallback(TrainerCallback):
     def write(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the record as it is now into `folder`, on the main process only; returns it."""
         self._refresh()
-        record = without_secrets(self.record)
         if PartialState().is_main_process:
+            tensors = get_peft_model_state_dict(self._model, adapter_name=self._model.active_adapter)
+            self.record["diagnostics"] = diagnostics(self._model.active_peft_config, tensors)
             Path(folder).mkdir(parents=True, exist_ok=True)
-            write_json(Path(folder) / RECORD_NAME, record)
-        return record
+            write_json(Path(folder) / RECORD_NAME, without_secrets(self.record))
+        return without_secrets(self.record)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if not isinstance(model, PeftModel):
@@ -175,8 +175,6 @@ class RunRecordCallback(TrainerCallback):
 
     def _refresh(self) -> None:
         """What changes while training goes on."""
-        if self._state is None:
-            return
         self.record["log"] = copy.deepcopy(self._state.log_history)
         if self._begin is not None:
             run = self.record["runs"][-1]
@@ -190,7 +188,6 @@ class RunRecordCallback(TrainerCallback):
         tokens = int(seen[-1]) if seen else self._state.num_input_tokens_seen
         if tokens:
             self.record["tokens"] = tokens
-        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, _adapter_tensors(self._model))
 
 
 def non_default(arguments: Any) -> dict[str, Any]:
@@ -233,11 +230,8 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**old, **new, **{name: _merged(old[name], new[name]) for name in both}}
 
 
-def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-
-
 def _acts(model: PeftModel) -> bool:
     """Whether the adapter changes what the model computes: lora_B or lorasb_R is not 0 in some layer."""
     last = ("lora_B.weight", "lorasb_R", "lora_embedding_A")
-    return any(name.endswith(last) and bool(tensor.any()) for name, tensor in _adapter_tensors(model).items())
+    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    return any(name.endswith(last) and bool(tensor.any()) for name, tensor in tensors.items())
