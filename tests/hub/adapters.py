@@ -23,7 +23,7 @@ LEFT_OUT = [".env", "checkpoint-2", "optimizer.pt", "trainer_state.json", "train
 
 
 def lora(folder, seed=1, base="me/base", record=RECORD, **config):
-    """A folder with a LoRA, a tokenizer, a run record and what must not be published."""
+    """A folder with a LoRA, a tokenizer, a run record, a plot and what must not be published."""
     model = tiny.lora(tiny.llama(), seed=seed, **config)
     return saved(model, folder, base, record)
 
@@ -40,6 +40,7 @@ def saved(model: PeftModel, folder, base, record):
     model.active_peft_config.base_model_name_or_path = base
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
+    (folder / "training.png").write_bytes(b"\x89PNG")
     if record is not None:
         (folder / "run_record.json").write_text(json.dumps(record), encoding="utf-8")
     for name in LEFT_OUT:

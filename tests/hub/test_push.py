@@ -46,8 +46,11 @@ def uploads(server):
 
 
 def test_everything_arrives_in_one_commit(server, tmp_path):
-    done = push_adapter(adapters.lora(tmp_path), "me/adapter")
+    folder = adapters.lora(tmp_path)
+    (folder / "training.png").unlink()  # it is drawn
+    done = push_adapter(folder, "me/adapter")
     assert set(server.files("me/adapter")) == FILES
+    assert server.read("me/adapter", "training.png").startswith(b"\x89PNG")
     assert [commit["title"] for commit in server.commits("me/adapter")] == [
         "Upload adapter with hf_reflora",
         "initial commit",
@@ -346,18 +349,20 @@ def test_the_readmes_command_pushes(server, tmp_path, monkeypatch):
     assert set(server.files("me/tool-calls")) == FILES
 
 
-def test_command_fails_in_one_line_with_a_status(server, tmp_path):
-    program = Path(sys.executable).parent / "hf-reflora"
+def test_command_fails_in_one_line_with_a_status(server, tmp_path, capsys):
     folder = adapters.lora(tmp_path)
     server.fault("/commit/", status=403, body={"error": "Forbidden"}, times=-1)
-    done = subprocess.run([program, "push", folder, "me/adapter"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", str(folder), "me/adapter"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
         "hf-reflora: Pushing to me/adapter failed: me may not do this with the token in use (Forbidden). Use one with "
         "write permission (https://huggingface.co/settings/tokens)."
     )
-    assert "Traceback" not in done.stderr
-    assert server.tokens["me"] not in done.stderr + done.stdout
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", str(tmp_path / "absent"), "me/adapter"])
+    assert stopped.value.code == 1
+    assert "has no adapter: adapter_config.json and adapter_model.safetensors were" in capsys.readouterr().err
 
 
 def test_shipped_cards_pass_the_hubs_own_check(server):
