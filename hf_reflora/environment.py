@@ -1,6 +1,7 @@
 """Facts of this machine and process that a number depends on, without secrets."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -59,7 +60,7 @@ def redacted(arguments: list[str]) -> list[str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of JSON-like data without Hub tokens, without values named after secrets, and with ~ for the home."""
+    """A copy of data for JSON: no Hub tokens, no values named after secrets, ~ for the home, "nan" for NaN."""
     if isinstance(value, dict):
         return {
             name: "***" if isinstance(entry, str) and _is_secret(str(name)) else without_secrets(entry)
@@ -67,10 +68,12 @@ def without_secrets(value: Any) -> Any:
         }
     if isinstance(value, list | tuple):
         return [without_secrets(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, str):
         home = str(Path.home())
         value = HUB_TOKEN.sub("hf_***", value)
-        return re.sub(rf"{re.escape(home)}(?=/|$)", "~", value) if len(home) > 1 else value
+        return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", value) if len(home) > 1 else value
     return value
 
 
@@ -95,10 +98,15 @@ def peak_memory_gb() -> dict[str, float]:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes `record` to `path` whole or not at all."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(record, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        try:
+            json.dump(record, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _git(repository: Path, *arguments: str) -> str | None:

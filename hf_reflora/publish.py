@@ -206,9 +206,13 @@ def _check_record(record: dict[str, Any], folder: Path, config: PeftConfig) -> N
     if differ:
         raise ValueError(
             f"{folder / RECORD_NAME} describes other weights than {SAFETENSORS_WEIGHTS_NAME} beside it: "
-            + ", ".join(f"{name} is {found.get(name):.6g}, not {said[name]:.6g}" for name in differ)
+            + ", ".join(f"{name} is {_number(found.get(name))}, not {_number(said[name])}" for name in differ)
             + ". Save the adapter of that run here (trainer.save_model), or remove the record."
         )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.6g}"
 
 
 def _close(said: float, found: float | None) -> bool:

@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from . import hub
-from .card import render
+from .card import check_license, is_edited, render
 from .ids import hub_id
 from .plot import plot
 from .publish import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
@@ -44,7 +44,7 @@ class PublishingMixin:
     _tag_names: list[str] = []
 
     def __init__(self, *args, callbacks: list | None = None, **kwargs):
-        callbacks = list(callbacks or [])
+        callbacks = [c() if c is RunRecordCallback else c for c in callbacks or []]
         self.run_record = next((c for c in callbacks if isinstance(c, RunRecordCallback)), None)
         if self.run_record is None:
             self.run_record = RunRecordCallback()
@@ -103,8 +103,11 @@ class PublishingMixin:
             return
         if dataset_name is not None:
             self.run_record.update(dataset=dataset_name, dataset_id=hub_id(dataset_name))
+        check_license(license)
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in self._tag_names]
+        if model_name == Path(self.args.hub_model_id or self.args.output_dir).name:
+            model_name = None  # TRL names the folder at every checkpoint
         card = self.run_record.record.get("card", {})
         wishes = {"title": model_name, "license": license, "language": language}
         wishes["tags"] = list(dict.fromkeys([*card.get("tags", []), *tags]))
@@ -112,8 +115,12 @@ class PublishingMixin:
         folder = Path(self.args.output_dir)
         record = self.run_record.write(folder)
         drawn = plot(record, folder / PLOT_NAME)
+        path = folder / CARD_NAME
+        if path.exists() and is_edited(path.read_text(encoding="utf-8")):
+            logger.warning(f"{path} was edited by hand and is kept. Remove it to get a new one.")
+            return
         text = render(record, repo_id=self.hub_model_id, plot=PLOT_NAME if drawn else None)
-        (folder / CARD_NAME).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Checks token, name and permission, and makes the repository if there is none; see `hub.prepare`.

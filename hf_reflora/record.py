@@ -31,8 +31,8 @@ GIVEN = (
     "train_rows",
 )
 # What a resumed run takes over.
-KEPT = ("scores", "examples", "runs", "seconds", "peak_memory_gb")
-TIMINGS = ("runtime", "preparation_time", "samples_per_second", "steps_per_second", "epoch", "num_tokens")
+KEPT = ("scores", "examples", "card", "runs", "seconds", "peak_memory_gb")
+TIMINGS = ("runtime", "step", "preparation_time", "samples_per_second", "steps_per_second", "epoch", "num_tokens")
 
 
 class RunRecordCallback(TrainerCallback):
@@ -99,7 +99,7 @@ class RunRecordCallback(TrainerCallback):
             return  # on_train_begin raises; a method's own check says it better
         self._model, self._state = model, state
         config = model.active_peft_config
-        name = config.base_model_name_or_path or ""
+        name = config.base_model_name_or_path or "an unknown base model"
         base_model = hub_id(name)
         revision = config.revision or (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         self.update(
@@ -130,6 +130,7 @@ class RunRecordCallback(TrainerCallback):
         if self._model is None:  # added to a trainer that existed
             self.on_init_end(args, state, control, model=model)
         self._state = state
+        self.record.setdefault("tags", list(getattr(model, "model_tags", None) or []))
         known = dataset_facts(getattr(train_dataloader, "dataset", None))
         self.record = {**known, **self.record}
         if state.global_step > 0:
@@ -150,7 +151,11 @@ class RunRecordCallback(TrainerCallback):
             }
         )
 
-    def on_evaluate(self, args, state, control, metrics=None, eval_dataloader=None, **kwargs):
+    def on_evaluate(self, args, state, control, metrics=None, model=None, eval_dataloader=None, **kwargs):
+        if self._model is None:  # added to a trainer that existed
+            self.on_init_end(args, state, control, model=model)
+        if self._model is None:
+            return
         found = {
             name.removeprefix("eval_"): value
             for name, value in (metrics or {}).items()
@@ -184,8 +189,7 @@ class RunRecordCallback(TrainerCallback):
             peaks, earlier = peak_memory_gb(), self.record.get("peak_memory_gb", {})
             peaks = {name: max(gb, earlier.get(name, 0)) for name, gb in peaks.items()}
             self.update(seconds={"train": trained}, peak_memory_gb=peaks)
-        seen = [entry["num_tokens"] for entry in self.record["log"] if "num_tokens" in entry and "loss" in entry]
-        tokens = int(seen[-1]) if seen else self._state.num_input_tokens_seen
+        tokens = _tokens(self.record["log"], self.record.get("step", 0)) or self._state.num_input_tokens_seen
         if tokens:
             self.record["tokens"] = tokens
 
@@ -198,7 +202,7 @@ def non_default(arguments: Any) -> dict[str, Any]:
         value = getattr(arguments, f.name)
         if isinstance(value, set):
             value = sorted(value)
-        plain = isinstance(value, int | float | str | list | dict)
+        plain = value is None or isinstance(value, int | float | str | list | dict)
         if f.init and plain and value != default and "hub_token" not in f.name:
             values[f.name] = value.value if isinstance(value, Enum) else value
     return values
@@ -222,6 +226,15 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
         "train_rows": len(dataset),
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _tokens(log: list[dict[str, Any]], step: int) -> int:
+    """Of TRL's log, up to a step; it counts from 0 again in a resumed run."""
+    total, last = 0, 0
+    for entry in log:
+        if "loss" in entry and "num_tokens" in entry and entry["step"] <= step:
+            total, last = total + (last if entry["num_tokens"] < last else 0), entry["num_tokens"]
+    return int(total + last)
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def check_files(folder: Path, files: Iterable[Path], secrets: Iterable[str | Non
     """
     known = [("the token in use", value) for value in secrets if value]
     named = {name: value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
-    known += [(f"the value of ${name}", value) for name, value in named.items() if not Path(value).exists()]
+    known += [(f"the value of ${name}", value) for name, value in named.items() if not os.path.exists(value)]
     patterns = PATTERNS | {what: re.escape(value.encode()) for what, value in known}
     found = [f"{file.relative_to(folder)} has {what}" for file in files for what in _kinds(file, patterns)]
     if found:
@@ -47,9 +47,10 @@ def check_files(folder: Path, files: Iterable[Path], secrets: Iterable[str | Non
 
 def _kinds(file: Path, patterns: dict[str, bytes]) -> list[str]:
     found, tail = [], b""
+    overlap = max(OVERLAP, *map(len, patterns.values()))
     with open(file, "rb") as stream:
         while block := stream.read(CHUNK):
             text = tail + block
             found += [what for what, pattern in patterns.items() if what not in found and re.search(pattern, text)]
-            tail = text[-OVERLAP:]
+            tail = text[-overlap:]
     return found

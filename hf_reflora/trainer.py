@@ -11,7 +11,7 @@ from .publishing_trainer import PublishingMixin
 
 def _start(callbacks: list) -> dict[str, str]:
     """How an ordinary LoRA is started, as the run record says it."""
-    return {"init": "lora_sb"} if any(isinstance(callback, LoraSbCallback) for callback in callbacks) else {}
+    return {"init": "lora_sb"} if any(isinstance(c, LoraSbCallback) or c is LoraSbCallback for c in callbacks) else {}
 
 
 class _RefLoraMixin(PublishingMixin):

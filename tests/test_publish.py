@@ -1,0 +1,579 @@
+"""The folder as it goes to the Hub, without a Hub: files, forms, records; and whose card it is."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+from transformers.modelcard import TrainingSummary
+from trl import SFTConfig, SFTTrainer
+
+from hf_reflora import LoraSbCallback, LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer
+from hf_reflora.card import is_edited, kept, render
+from hf_reflora.publish import _config, _record, push_adapter, stage
+
+
+LAYERS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+KINDS = {"lora": (RefLoraSFTTrainer, LoraConfig), "lora_sb": (LoraSbSFTTrainer, LoraSbConfig)}
+RECORD = {"method": "reflora", "model": "org/base", "base_model": "org/base", "scores": {}}
+JUNK = {
+    *(".env", ".gitattributes", ".gitignore", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    *("trainer_state.json", "training_args.json", "all_results.json", "_private.json", "script.py", "data.jsonl"),
+    *("pytorch_model.bin", "weights.tmp", "log", "checkpoint-2/adapter_config.json", "runs/events.json"),
+    *(".cache/x.json", "__pycache__/x.json", "_mine/adapter_config.json", "other/notes.md", ".push-x/README.md"),
+}
+GOOD = {
+    *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "run_record.json", "training.png", "notes.md", "figure.svg", "vocab.txt", "recipe.yaml"),
+}
+
+
+def run(folder, kind="lora", **changes):
+    """A trained and saved run, with checkpoints at 2 and 4."""
+    cls, config = KINDS[kind]
+    torch.manual_seed(1)
+    model = tiny.llama()
+    model.name_or_path = "/data/base"
+    more = {"lora_sb": LoraSbCallback()} if kind == "lora_sb" else {}
+    trainer = cls(
+        model=get_peft_model(model, config(r=4, **LAYERS)),
+        args=SFTConfig(**tiny.arguments(folder, save_strategy="steps", save_steps=2, **changes)),
+        train_dataset=tiny.token_dataset(16, labels=False),
+        processing_class=tiny.tokenizer(),
+        **more,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    return {kind: (run(folder, kind), folder) for kind, folder in folders.items()}
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of a run's folder, all its own."""
+    return copied(trained["lora"][1], tmp_path / "run")
+
+
+def copied(source, target):
+    for path in source.rglob("*"):
+        if path.is_file():
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (target / path.relative_to(source)).write_bytes(path.read_bytes())
+    return target
+
+
+def content(folder) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
+
+
+def staged(folder, target, base_model=None, checkpoints=None):
+    left_out = stage(folder, target, record=_record(folder, base_model), checkpoints=checkpoints or {})
+    return set(content(target)), left_out
+
+
+def logits(folder, **where):
+    model = PeftModel.from_pretrained(tiny.llama(), folder, **where).eval()
+    with torch.no_grad():
+        return model(torch.arange(4, 20)[None]).logits
+
+
+# Which files
+
+
+def test_what_is_taken_and_what_is_left_out(folder, tmp_path):
+    for name in JUNK | {"notes.md", "figure.svg", "vocab.txt", "recipe.yaml"}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    before = content(folder)
+    files, left_out = staged(folder, tmp_path / "out")
+    assert files == GOOD
+    assert left_out == sorted({name.split("/")[0] for name in JUNK} | {"checkpoint-4"})
+    assert content(folder) == before
+
+
+def test_a_second_adapter_in_its_own_folder_goes_along(tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny.llama(), LoraConfig(r=4, **LAYERS))
+    model.name_or_path = "/data/base"
+    model.add_adapter("second", LoraConfig(r=2, **LAYERS))
+    model.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "second" / "optimizer.pt").touch()
+    (tmp_path / "run" / "second" / "deeper").mkdir()
+    (tmp_path / "run" / "second" / "deeper" / "x.json").touch()
+    files, left_out = staged(tmp_path / "run", tmp_path / "out", base_model="org/base")
+    assert files == {
+        *("adapter_config.json", "adapter_model.safetensors"),
+        *("second/adapter_config.json", "second/adapter_model.safetensors"),
+    }
+    assert left_out == []
+    for name in ("", "second/"):
+        settings = json.loads((tmp_path / "out" / f"{name}adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == "org/base"
+    assert torch.equal(logits(tmp_path / "out", subfolder="second"), logits(tmp_path / "run" / "second"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_of_the_cache_become_files(trained, tmp_path, kind):
+    """As in the cache of the Hub's client, where every file is a link to a blob without a suffix."""
+    source, snapshot, blobs = trained[kind][1], tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+            blob.write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    before = content(blobs)
+    files, _ = staged(snapshot, tmp_path / "out", base_model="org/base")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert content(blobs) == before
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own_card", [True, False])
+def test_originals_stay_bit_for_bit(trained, tmp_path, kind, own_card):
+    """Links share their content: nothing may be written through one."""
+    source = copied(trained[kind][1], tmp_path / "run")
+    if own_card:
+        (source / "README.md").write_text("---\nlibrary_name: peft\n---\nmine")
+    (source / "training.png").unlink()
+    before, times = content(source), {p: p.stat().st_mtime_ns for p in source.rglob("*") if p.is_file()}
+    checkpoints = {"last-checkpoint": source / "checkpoint-4", "checkpoint-2": source / "checkpoint-2"}
+    files, _ = staged(source, tmp_path / "out", "org/base", checkpoints)
+    assert content(source) == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    assert ("README.md" in files) == own_card
+    assert "training.png" in files
+    weights = "native/adapter_model.safetensors" if kind == "lora_sb" else "adapter_model.safetensors"
+    assert os.path.samefile(source / "adapter_model.safetensors", tmp_path / "out" / weights)
+
+
+def test_without_hard_links_the_files_are_copied(folder, tmp_path, monkeypatch):
+    def crossing(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", crossing)
+    files, _ = staged(folder, tmp_path / "out", "org/base", {"last-checkpoint": folder / "checkpoint-4"})
+    out = tmp_path / "out"
+    assert {"tokenizer.json", "last-checkpoint/optimizer.pt"} <= files
+    assert not os.path.samefile(folder / "tokenizer.json", out / "tokenizer.json")
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+# In which form
+
+
+def test_a_lora_sb_adapter_is_an_ordinary_lora_with_its_own_form_beside_it(trained, tmp_path):
+    trainer, source = trained["lora_sb"]
+    files, _ = staged(source, tmp_path / "out", base_model="org/base")
+    assert {f for f in files if "/" in f} == {"native/adapter_config.json", "native/adapter_model.safetensors"}
+    root = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    native = json.loads((tmp_path / "out" / "native" / "adapter_config.json").read_text())
+    assert (root["peft_type"], native["peft_type"]) == ("LORA", "LORASB")
+    assert root["base_model_name_or_path"] == native["base_model_name_or_path"] == "org/base"
+    with torch.no_grad():
+        expected = trainer.model.eval()(torch.arange(4, 20)[None]).logits
+        plain = tiny.llama().eval()(torch.arange(4, 20)[None]).logits
+    assert (expected - plain).abs().max() > 1e-4
+    assert torch.equal(logits(tmp_path / "out", subfolder="native"), expected)
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("base_model", "written"), [("org/base", "org/base"), (None, None)])
+def test_a_local_base_becomes_an_id_or_null_everywhere(trained, tmp_path, kind, base_model, written):
+    source = trained[kind][1]
+    name = trained[kind][0].model.active_peft_config.base_model_name_or_path
+    assert name == "/data/base"
+    staged(source, tmp_path / "out", base_model, {"last-checkpoint": source / "checkpoint-4"})
+    configs = sorted((tmp_path / "out").rglob("adapter_config.json"))
+    assert len(configs) == (3 if kind == "lora_sb" else 2)
+    for path in configs:
+        original = source / "adapter_config.json"
+        settings = json.loads(path.read_text())
+        assert settings.pop("base_model_name_or_path") == written
+        if settings["peft_type"] == json.loads(original.read_text())["peft_type"]:
+            expected = json.loads(original.read_text())
+            assert expected.pop("base_model_name_or_path") == "/data/base"
+            assert settings == expected
+
+
+def test_a_config_that_is_right_is_not_written_again(folder, tmp_path):
+    settings = {**json.loads((folder / "adapter_config.json").read_text()), "base_model_name_or_path": "org/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    staged(folder, tmp_path / "out", base_model="org/base")
+    assert os.path.samefile(folder / "adapter_config.json", tmp_path / "out" / "adapter_config.json")
+
+
+def test_checkpoints_go_whole_but_for_arguments_and_card(folder, tmp_path):
+    for name in (".env", ".cache/x", "__pycache__/y", "deeper/training_args.bin", "deeper/z.pt"):
+        (folder / "checkpoint-4" / name).parent.mkdir(exist_ok=True)
+        (folder / "checkpoint-4" / name).touch()
+    assert {"training_args.bin", "README.md"} <= {p.name for p in (folder / "checkpoint-4").iterdir()}
+    files, _ = staged(folder, tmp_path / "out", checkpoints={"last-checkpoint": folder / "checkpoint-4"})
+    checkpoint = {f.removeprefix("last-checkpoint/") for f in files if f.startswith("last-checkpoint/")}
+    assert checkpoint == {
+        *("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("trainer_state.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "run_record.json"),
+        "deeper/z.pt",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pushed_checkpoint_can_be_resumed(trained, tmp_path, kind):
+    source = trained[kind][1]
+    staged(source, tmp_path / "out", checkpoints={"last-checkpoint": source / "checkpoint-2"})
+    cls, config = KINDS[kind]
+    torch.manual_seed(1)
+    resumed = cls(
+        model=get_peft_model(tiny.llama(), config(r=4, **LAYERS)),
+        args=SFTConfig(**tiny.arguments(tmp_path / "again")),
+        train_dataset=tiny.token_dataset(16, labels=False),
+        processing_class=tiny.tokenizer(),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "last-checkpoint"))
+    tiny.assert_same(tiny.trainable(resumed.model), tiny.trainable(trained[kind][0].model))
+    assert len(resumed.run_record.record["runs"]) == 2
+
+
+# The record
+
+
+def test_the_record_is_read_and_the_base_may_be_given(folder):
+    assert _record(folder, None)["base_model"] is None
+    assert _record(folder, "org/base") == {**_record(folder, None), "base_model": "org/base"}
+    assert _record(folder, None)["method"] == "reflora"
+
+
+def test_an_older_record_tells_the_base_by_its_name(folder):
+    record = json.loads((folder / "run_record.json").read_text())
+    del record["base_model"]
+    (folder / "run_record.json").write_text(json.dumps({**record, "model": "org/base"}))
+    assert _record(folder, None)["base_model"] == "org/base"
+
+
+@pytest.mark.parametrize(("kind", "method"), [("lora", "lora"), ("lora_sb", "lora_sb")])
+@pytest.mark.parametrize(("name", "base_model"), [("org/base", "org/base"), ("/data/base", None), (None, None)])
+def test_without_a_record_the_configuration_tells(trained, tmp_path, kind, method, name, base_model):
+    folder = copied(trained[kind][1], tmp_path / "run")
+    (folder / "run_record.json").unlink()
+    settings = {**json.loads((folder / "adapter_config.json").read_text()), "base_model_name_or_path": name}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    record = _record(folder, None)
+    assert (record["method"], record["base_model"]) == (method, base_model)
+    assert record["model"] == (name or "an unknown base model")
+    files, _ = staged(folder, tmp_path / "out")
+    assert not {"run_record.json", "README.md"} & files
+    text = render(record)
+    assert "trl" not in text
+    assert "None" not in text
+
+
+def test_the_record_of_other_weights_is_refused(folder, tmp_path):
+    (folder / "adapter_model.safetensors").write_bytes(
+        (folder / "checkpoint-2/adapter_model.safetensors").read_bytes()
+    )
+    match = r"run_record.json describes other weights than adapter_model.safetensors beside it: norm_A is \d\S*, not "
+    with pytest.raises(ValueError, match=match) as refused:
+        staged(folder, tmp_path / "out")
+    assert "norm_B is" in str(refused.value)
+    assert "trainer.save_model" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    (folder / "run_record.json").unlink()
+    staged(folder, tmp_path / "out")
+
+
+def test_the_record_of_a_checkpoint_is_that_of_its_weights(folder, tmp_path):
+    files, _ = staged(folder / "checkpoint-2", tmp_path / "out")
+    assert {"adapter_config.json", "adapter_model.safetensors", "run_record.json"} <= files
+    assert not {"optimizer.pt", "trainer_state.json", "training_args.bin"} & files
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        pytest.param(
+            *pair,
+        )
+        for pair in (("lora", "lora_sb"), ("lora_sb", "lora"))
+    ],
+)
+def test_the_record_of_another_method_is_refused(trained, tmp_path, kind, other):
+    folder = copied(trained[kind][1], tmp_path / "run")
+    (folder / "run_record.json").write_bytes((trained[other][1] / "run_record.json").read_bytes())
+    with pytest.raises(ValueError, match="describes other weights"):
+        staged(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (None, "found: no such folder"),
+        ([], "found: nothing"),
+        (["adapter_config.json", "model.safetensors"], "found: adapter_config.json, model.safetensors"),
+        (["adapter_model.safetensors"], "found: adapter_model.safetensors"),
+        (["adapter_config.json", "adapter_model.bin"], "found: adapter_config.json, adapter_model.bin"),
+    ],
+)
+def test_a_folder_without_an_adapter_is_refused(tmp_path, files, told):
+    for name in files or []:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    if files == []:
+        (tmp_path / "run").mkdir()
+    match = f"run has no adapter: adapter_config.json and adapter_model.safetensors were looked for, {told}[.] Give a"
+    for refuse in (lambda f: _config(f), lambda f: _record(f, None), lambda f: push_adapter(f, "me/x", token="x")):
+        with pytest.raises(ValueError, match=match):
+            refuse(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["base", "/data/base", "a/b/c", ""])
+def test_a_base_that_is_no_id_is_refused(folder, name):
+    with pytest.raises(ValueError, match="base_model must be an id on the Hub such as org/model, got "):
+        push_adapter(folder, "me/x", base_model=name, token="x")
+
+
+# Whose card it is
+
+
+def fresh(**changes):
+    scores = {"rows": 3, "before": {"exact": 0.0}, "after": {"exact": 0.5}}
+    record = {**RECORD, "scores": scores, "arguments": {"learning_rate": 0.1}, **changes}
+    return render(record, license="mit", language=["en", "de"], tags=["mine"])
+
+
+def front_matter(card) -> dict:
+    return yaml.safe_load(card.split("---\n", 2)[1])
+
+
+def with_front_matter(card, **changes) -> str:
+    data = {**front_matter(card), **changes}
+    data = {name: value for name, value in data.items() if value is not None}
+    return f"---\n{yaml.safe_dump(data)}---\n{card.split('---' + chr(10), 2)[2]}"
+
+
+@pytest.mark.parametrize("card", [fresh(), render({"method": "lora", "model": "x", "scores": {}})])
+def test_a_rendered_card_is_not_edited(card):
+    assert not is_edited(card)
+
+
+def test_kept_is_what_no_record_knows():
+    assert kept(fresh()) == {"license": "mit", "language": ["en", "de"], "tags": ["mine"]}
+    assert kept("") == kept("# A title\n\ntext") == {"license": None, "language": None, "tags": []}
+    every = [
+        *(
+            "base_model:adapter:org/base",
+            "lora",
+            "reflora",
+            "lora-sb",
+            "lora-xs",
+            "sft",
+            "trl",
+            "transformers",
+            "peft",
+        ),
+        "generated_from_trainer",
+    ]
+    assert kept(with_front_matter(fresh(), tags=[*every, "a", 3, "b"]))["tags"] == ["a", "b"]
+    assert kept(with_front_matter(fresh(), tags="lora"))["tags"] == []
+    assert kept(with_front_matter(fresh(), license="license"))["license"] is None
+    assert kept("---\njust text\n---\n")["tags"] == []
+
+
+def test_what_is_kept_gives_the_same_card_again():
+    card = fresh()
+    scores = {"rows": 3, "before": {"exact": 0.0}, "after": {"exact": 0.5}}
+    assert render({**RECORD, "scores": scores, "arguments": {"learning_rate": 0.1}}, **kept(card)) == card
+
+
+@pytest.mark.parametrize(
+    ("change", "edited"),
+    [
+        ({"license": "apache-2.0"}, False),
+        ({"license": None}, False),
+        ({"language": "fr"}, False),
+        ({"tags": ["quite", "others"]}, False),
+        ({"license": "gemma", "language": ["fr"], "tags": []}, False),
+        ({"widget": [{"text": "Hello"}]}, True),
+        ({"license_name": "my-license"}, True),
+        ({"thumbnail": "x.png"}, True),
+    ],
+    ids=str,
+)
+def test_changes_of_the_front_matter(change, edited):
+    assert is_edited(with_front_matter(fresh(), **change)) == edited
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card: card.replace("## Limits", "## Limits and more"),
+        lambda card: card.replace("0.500", "0.900"),
+        lambda card: card.replace("\n# ", "\nA sentence of mine.\n\n# ", 1),
+        lambda card: card + "\nA sentence of mine.\n",
+        lambda card: card + "x",
+        lambda card: card + "\n### Framework versions\n\n- PEFT 0.21.2\n\nA sentence of mine.\n",
+        lambda card: card + "\n### Framework versions\n\n- PEFT 0.21.2\n- Torch 3\n",
+        lambda card: card.replace("<!-- rendered", "A sentence of mine.\n<!-- rendered"),
+        lambda card: card.replace("as long as nobody edits it: ", "as long as nobody edits it: 0")[:-9] + " -->\n",
+        lambda card: card.replace("\n", "\r\n"),
+    ],
+)
+def test_a_body_changed_by_hand_is_edited(change):
+    card = fresh()
+    assert change(card) != card
+    assert is_edited(change(card))
+
+
+def test_without_its_mark_a_card_is_somebodys_own():
+    assert is_edited(fresh().split("<!-- rendered")[0])
+    assert is_edited("# My adapter\n")
+    assert is_edited("---\nlicense: mit\n---\n# My adapter\n")
+
+
+@pytest.mark.parametrize("space", ["", "\n", "\n\n  \n"])
+def test_space_at_the_end_is_no_edit(space):
+    assert not is_edited(fresh().rstrip() + space)
+
+
+@pytest.mark.parametrize(
+    "card", ["", "\n", "---\nlicense: mit\n---\n", "---\nlicense: mit\ntags:\n- mine\n---\n\n \n"]
+)
+def test_nothing_but_front_matter_is_no_card(card):
+    """As the Hub makes it for a new repository with a license."""
+    assert not is_edited(card)
+    assert kept(card)["license"] == ("mit" if "mit" in card else None)
+
+
+def test_front_matter_without_a_last_line_break():
+    card = "---\nlicense: mit\n---"
+    assert not is_edited(card)
+    assert kept(card)["license"] == "mit"
+
+
+@pytest.mark.parametrize("yaml_text", ["x: [", "license: mit\nlicense mit", "\t- a"])
+def test_front_matter_that_cannot_be_read_raises(yaml_text):
+    card = f"---\n{yaml_text}\n---\n{fresh().split('---' + chr(10), 2)[2]}"
+    with pytest.raises(ValueError, match="The card has no front matter that can be read"):
+        kept(card)
+    assert is_edited(card)
+    assert is_edited(f"---\n{yaml_text}\n---\n# My adapter\n")
+
+
+def peft_model(name="org/base"):
+    base = tiny.llama()
+    base.config._name_or_path = base.name_or_path = name
+    return get_peft_model(base, LoraConfig(r=2, **LAYERS))
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_peft_rewrites_a_card_and_it_stays_not_edited(tmp_path, saves):
+    (tmp_path / "README.md").write_text(fresh(), encoding="utf-8")
+    for _ in range(saves):
+        peft_model("/data/base").save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "- PEFT " in card
+    assert front_matter(card)["base_model"] == "/data/base"
+    assert not is_edited(card)
+    assert kept(card)["license"] == "mit"
+    assert kept(card)["language"] == ["en", "de"]
+    assert is_edited(card + "\nmine")
+    assert is_edited(card.replace("## Limits", "## Limit"))
+
+
+QUANTIZED = """## Training procedure
+
+The following `bitsandbytes` quantization config was used during training:
+- load_in_4bit: True
+- llm_int8_skip_modules: None
+
+"""
+
+
+@pytest.mark.parametrize("versions", ["", "### Framework versions\n\n- PEFT 0.10.0\n\n- PEFT 0.21.2"])
+def test_what_peft_adds_for_a_quantized_model_is_no_edit(versions):
+    card = fresh() + QUANTIZED + versions
+    assert not is_edited(card)
+    assert is_edited(card.replace("4bit: True", "4bit: True\nI chose that.\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb `c` $d$ | é 漢",
+        pytest.param(
+            "line\u2028separator",
+        ),
+    ],
+)
+def test_peft_keeps_the_text_of_a_card(tmp_path, text):
+    example = dict.fromkeys(("prompt", "before", "after", "reference"), text)
+    card = fresh(examples=[example], arguments={"system_prompt": text})
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    peft_model().save_pretrained(tmp_path)
+    assert not is_edited((tmp_path / "README.md").read_text(encoding="utf-8"))
+
+
+def test_the_template_of_the_client_is_nobodys_text(tmp_path):
+    """It is what PEFT writes where there is no card."""
+    peft_model().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "[More Information Needed]" in card
+    assert not is_edited(card)
+    assert kept(card)["tags"] == []
+    own = ModelCard.from_template(ModelCardData(license="mit", language="en", tags=["mine"]))
+    assert not is_edited(str(own))
+    assert kept(str(own)) == {"license": "mit", "language": "en", "tags": ["mine"]}
+
+
+def test_a_template_that_somebody_has_begun_to_fill_is_edited():
+    card = str(ModelCard.from_template(ModelCardData()))
+    assert not is_edited(card)
+    assert is_edited(card.replace("[More Information Needed]", "my mails", 5))
+
+
+def test_the_cards_of_trl_and_transformers_are_nobodys_text(tmp_path):
+    common = {"train_dataset": tiny.token_dataset(16, labels=False), "processing_class": tiny.tokenizer()}
+    trl = SFTTrainer(model=peft_model(), args=SFTConfig(**tiny.arguments(tmp_path / "trl")), **common)
+    trl.create_model_card(tags=["mine"])
+    args = TrainingArguments(**tiny.arguments(tmp_path / "plain"))
+    plain = Trainer(model=peft_model(), args=args, **common)
+    plain.save_model()
+    plain.create_model_card(license="mit", language="en", tags=["mine"], finetuned_from="org/base")
+    cards = {
+        "trl": (tmp_path / "trl" / "README.md").read_text(),
+        "plain": (tmp_path / "plain" / "README.md").read_text(),
+        "without PEFT": TrainingSummary("x", license="mit", tags=["generated_from_trainer", "mine"]).to_model_card(),
+    }
+    assert not any(map(is_edited, cards.values()))
+    assert {name: (kept(card)["license"], kept(card)["tags"]) for name, card in cards.items()} == {
+        "trl": (None, ["mine"]),
+        "plain": ("mit", []),  # PEFT has taken the tag away
+        "without PEFT": ("mit", ["mine"]),
+    }
+
+
+def test_a_card_of_ones_own_is_staged_as_it_is(folder, tmp_path):
+    own = with_front_matter((folder / "README.md").read_text(), widget=["x"]) + "\nA sentence of mine.\n"
+    (folder / "README.md").write_text(own)
+    staged(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == own
+    assert (folder / "README.md").read_text() == own
