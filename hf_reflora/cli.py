@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hf-reflora", description="Adapters trained with RefLoRA and LoRA-SB.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (add_card, add_export, add_inspect, add_push):
+    for add in (add_card, add_export, add_inspect, add_push, add_space):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -135,6 +136,46 @@ def push(options: argparse.Namespace) -> None:
         print(f"Left out: {', '.join(done.left_out)}")
     if done.kept_card:
         print("README.md on the Hub was edited by hand and is kept. Remove it there to get the rendered one.")
+
+
+def add_space(commands) -> None:
+    parser = commands.add_parser(
+        "space",
+        help="make a Space that shows an adapter beside its base model",
+        description="Create or update a Gradio Space that shows the answers of a base model and of its adapters.",
+        epilog="example: hf-reflora space me/demo --base org/model --adapter me/tool-calls",
+    )
+    parser.add_argument("repo_id", help="name of the Space, made if there is none")
+    parser.add_argument("--base", required=True, metavar="ID", help="base model on the Hub")
+    parser.add_argument("--adapter", required=True, nargs="+", metavar="ID", help="LoRA adapters of it on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new Space private")
+    parser.add_argument("--hardware", help="such as cpu-basic or zero-a10g (default: as it is)")
+    parser.add_argument("--license", metavar="ID", default="apache-2.0", help="of the Space (default: apache-2.0)")
+    parser.add_argument(
+        "--secret", nargs="+", metavar="NAME", default=(), help="NAME or NAME=VARIABLE, from the environment"
+    )
+    parser.set_defaults(run=space)
+
+
+def space(options: argparse.Namespace) -> None:
+    from .space import deploy_space
+
+    secrets = {}
+    for given in options.secret:
+        name, _, variable = given.partition("=")
+        if (variable or name) not in os.environ:
+            raise ValueError(f"--secret {given}: there is no environment variable {variable or name}.")
+        secrets[name] = os.environ[variable or name]
+    names = ("base", "private", "hardware", "license")
+    done = deploy_space(
+        options.repo_id,
+        adapters=options.adapter,
+        secrets=secrets,
+        **{name: getattr(options, name) for name in names},
+    )
+    print(done.url)
+    for warning in done.warnings:
+        print(warning)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Repo:
     api: HfApi = field(repr=False)  # has the token
     revision: str
     create_pr: bool
+    type: str = "model"
 
 
 def prepare(
@@ -80,54 +81,60 @@ def prepare(
     Raises:
         PushError: in one sentence, why not.
     """
-    token = token or get_token()
-    if constants.is_offline_mode():
-        raise PushError("Nothing can be pushed while HF_HUB_OFFLINE is set. Unset it.")
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise PushError(f"A pull request goes to main; leave out the revision {revision!r}.")
-    if token is None:
-        raise PushError(
-            "No Hugging Face token was found. Log in with `hf auth login`, or set HF_TOKEN to a token with write "
-            f"permission ({TOKENS})."
-        )
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PushError(f"{repo_id!r} cannot be the name of a repository: {error}") from None
-    api = HfApi(token=token)
-    me = _persist(api.whoami, "Asking who the token belongs to")
-    user = me["name"]
-    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    repo = Repo(repo_id, user, api, revision or constants.DEFAULT_REVISION, create_pr)
-    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PushError(
-            f"The token of {user} may only read. Make one with write permission at {TOKENS} and log in with it "
-            "(`hf auth login`, or HF_TOKEN)."
-        )
-    info = _existing(repo)
+    repo, info, me = _open(repo_id, "model", token, revision, create_pr)
     if info is None and create_pr:
-        raise PushError(f"{repo_id} does not exist or is not visible to {user}: nothing to propose to.")
+        raise PushError(f"{repo.id} does not exist or is not visible to {repo.user}: nothing to propose to.")
     if not create_pr:
-        _check_namespace(repo, me)
+        _check_writable(repo, info, me, private)
     if info is None:
-        create = functools.partial(api.create_repo, repo_id, private=private, exist_ok=True)
-        _persist(create, f"Creating {repo_id}", user)
-    else:
-        if private and not info.private and not create_pr:
-            raise PushError(
-                f"{repo_id} exists and is public. Make it private in its settings on the Hub, push to another name, "
-                "or leave out private."
-            )
-        if not create_pr:
-            _check_write(repo)
-        if not other_base:
-            _check_base(repo, info, base_model)
+        create = functools.partial(repo.api.create_repo, repo.id, private=private, exist_ok=True)
+        _persist(create, f"Creating {repo.id}", repo.user)
+    elif not other_base:
+        _check_base(repo, info, base_model)
     if repo.revision != constants.DEFAULT_REVISION and not create_pr and not repo.revision.startswith("refs/"):
-        _persist(
-            lambda: api.create_branch(repo_id, branch=repo.revision, exist_ok=True),
-            f"Creating the branch {repo.revision} of {repo_id}",
-            user,
+        branch = functools.partial(repo.api.create_branch, repo.id, branch=repo.revision, exist_ok=True)
+        _persist(branch, f"Creating the branch {repo.revision} of {repo.id}", repo.user)
+    return repo
+
+
+def prepare_space(
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    hardware: str | None = None,
+    variables: dict[str, str] | None = None,
+    secrets: dict[str, str] | None = None,
+) -> Repo:
+    """Makes sure that a Gradio Space can be pushed, creates it if there is none, and sets what is given.
+
+    Args:
+        repo_id, token, private: As in `prepare`.
+        hardware: Such as "cpu-basic" or "zero-a10g". Default: as it is; of a new Space the Hub's, the free one.
+        variables: Environment variables that everybody can read.
+        secrets: Those that nobody can read but the Space.
+
+    Raises:
+        PushError: in one sentence, why not.
+    """
+    repo, info, me = _open(repo_id, "space", token, None, False)
+    _check_writable(repo, info, me, private)
+    if info is None:
+        create = functools.partial(
+            repo.api.create_repo, repo.id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
         )
+        _persist(create, f"Creating the Space {repo.id}", repo.user)
+    elif info.sdk != "gradio":
+        raise PushError(f"The Space {repo.id} is one of {info.sdk}, not of gradio. Choose another name.")
+    settings = [(repo.api.add_space_variable, key, value) for key, value in (variables or {}).items()]
+    settings += [(repo.api.add_space_secret, key, value) for key, value in (secrets or {}).items()]
+    for add, key, value in settings:
+        _persist(functools.partial(add, repo.id, key, value), f"Setting {key} of {repo.id}", repo.user)
+    if hardware is not None:
+        ask = functools.partial(repo.api.request_space_hardware, repo.id, hardware)
+        _persist(ask, f"Asking for {hardware} for {repo.id}", repo.user)
     return repo
 
 
@@ -143,10 +150,15 @@ def upload(repo: Repo, folder: Path, message: str) -> CommitInfo:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def attempt() -> CommitInfo:
-        head = repo.api.repo_info(repo.id, revision=revision).sha
+        head = repo.api.repo_info(repo.id, repo_type=repo.type, revision=revision).sha
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         return repo.api.create_commit(
-            repo.id, operations, commit_message=message, revision=revision, parent_commit=head
+            repo.id,
+            operations,
+            commit_message=message,
+            repo_type=repo.type,
+            revision=revision,
+            parent_commit=head,
         )
 
     commit = _persist(attempt, f"Pushing to {repo.id}", repo.user)
@@ -181,12 +193,66 @@ def license_of(repo: Repo, model_id: str) -> str | None:
     return data.license if data and isinstance(data.license, str) else None
 
 
+def is_public(model_id: str) -> bool:
+    """Whether everybody can download it: it is there, neither private nor gated."""
+
+    def attempt() -> bool:
+        try:
+            info = HfApi(token=False).model_info(model_id)
+        except RepositoryNotFoundError:
+            return False
+        return not info.private and not info.gated
+
+    return _persist(attempt, f"Looking for {model_id}")
+
+
+def _open(
+    repo_id: str, kind: str, token: str | None, revision: str | None, create_pr: bool
+) -> tuple[Repo, Any, dict[str, Any]]:
+    """The repository, what the Hub says of it (None: nothing), and what it says of the user."""
+    token = token or get_token()
+    if constants.is_offline_mode():
+        raise PushError("Nothing can be pushed while HF_HUB_OFFLINE is set. Unset it.")
+    if token is None:
+        raise PushError(
+            "No Hugging Face token was found. Log in with `hf auth login`, or set HF_TOKEN to a token with write "
+            f"permission ({TOKENS})."
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PushError(f"{repo_id!r} cannot be the name of a repository: {error}") from None
+    api = HfApi(token=token)
+    me = _persist(api.whoami, "Asking who the token belongs to")
+    user = me["name"]
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(
+            f"The token of {user} may only read. Make one with write permission at {TOKENS} and log in with it "
+            "(`hf auth login`, or HF_TOKEN)."
+        )
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    repo = Repo(repo_id, user, api, revision or constants.DEFAULT_REVISION, create_pr, kind)
+    return repo, _existing(repo), me
+
+
+def _check_writable(repo: Repo, info: Any, me: dict[str, Any], private: bool | None) -> None:
+    _check_namespace(repo, me)
+    if info is None:
+        return
+    if private and not info.private:
+        raise PushError(
+            f"{repo.id} exists and is public. Make it private in its settings on the Hub, push to another name, "
+            "or leave out private."
+        )
+    _check_write(repo)
+
+
 def _existing(repo: Repo) -> Any:
     """What the Hub says of the repository, None if there is none that the user can see."""
 
     def attempt() -> Any:
         try:
-            return repo.api.model_info(repo.id)
+            return repo.api.repo_info(repo.id, repo_type=repo.type)
         except RepositoryNotFoundError:
             return None
 
@@ -214,7 +280,7 @@ def _check_namespace(repo: Repo, me: dict[str, Any]) -> None:
 def _check_write(repo: Repo) -> None:
     def attempt() -> None:
         try:
-            repo.api.auth_check(repo.id, write=True)
+            repo.api.auth_check(repo.id, repo_type=repo.type, write=True)
         except RepositoryNotFoundError:
             return  # a server without this call; the commit will tell
 

@@ -108,7 +108,7 @@ class RunRecordCallback(TrainerCallback):
             model=name,
             base_model=base_model,
             base_revision=commit_in_cache(base_model, revision) if base_model else None,
-            peft=non_default(config),
+            peft={k: v for k, v in non_default(config).items() if k != "base_model_name_or_path"},  # it is `model`
             arguments=non_default(args),
             seed=args.seed,
             data_seed=args.data_seed,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _wheel_folder() -> str:
 
 
 def _convert(source: str, folder: Path) -> None:
-    print(f"Converting {GGUF} to bfloat16 in {folder} (once, about 20 s) ...", flush=True)
+    print(f"Converting {GGUF} to bfloat16 in {folder} (once, about 20 s) ...", file=sys.stderr, flush=True)
     # dequantize: otherwise the quantizer stays attached and the model cannot be saved or trained.
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
@@ -66,3 +67,7 @@ def _convert(source: str, folder: Path) -> None:
         tokenizer.save_pretrained(unfinished)
         os.chmod(unfinished, 0o755)
         os.rename(unfinished, folder)  # whole or not at all
+
+
+if __name__ == "__main__":
+    print(resolve(NAME))

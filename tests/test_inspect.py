@@ -75,7 +75,7 @@ def test_command_prints_a_table(tmp_path, capsys):
     assert len({len(line) - len(line.split("  ")[-1].lstrip()) for line in lines}) == 1
 
 
-@pytest.mark.parametrize("command", ["card", "export", "inspect", "push"])
+@pytest.mark.parametrize("command", ["card", "export", "inspect", "push", "space"])
 def test_help_fits_a_screen(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -188,7 +188,8 @@ def test_imports_go_one_way():
         "publish": {"hub", "card", "export", "ids", "inspect", "lora_sb", "plot", "record", "scan"},
         "publishing_trainer": {"hub", "card", "ids", "plot", "publish", "record"},
         "trainer": {"callbacks", "lora_sb", "papers", "publishing_trainer"},
-        "cli": {"card", "export", "inspect", "plot", "publish"},
+        "space": {"hub", "card", "ids", "scan"},
+        "cli": {"card", "export", "inspect", "plot", "publish", "space"},
     }
     found, foreign = {}, {}
     folder = Path(hf_reflora.__file__).parent

@@ -1,0 +1,93 @@
+"""The before/after Space of an adapter: its files, filled in, and the push of them."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import SpaceCard, constants, get_token
+
+from . import hub
+from .card import LICENSES
+from .ids import is_hub_id
+from .scan import check_files
+
+
+# In an installed package by pyproject.toml, or in the repository.
+INSTALLED, SOURCE = Path(__file__).parent / "before_after", Path(__file__).parents[1] / "spaces" / "before_after"
+FILES = ("README.md", "app.py", "engine.py", "results.py", "requirements.txt")
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Where the Space is, and what a person should know."""
+
+    url: str
+    repo_id: str
+    warnings: list[str]
+
+
+def deploy_space(
+    repo_id: str,
+    *,
+    base: str,
+    adapters: list[str],
+    token: str | None = None,
+    private: bool | None = None,
+    hardware: str | None = None,
+    license: str = "apache-2.0",
+    secrets: dict[str, str] | None = None,
+) -> Deployed:
+    """Creates or updates the Space that compares `base` with `adapters`, in one commit.
+
+    Args:
+        repo_id: Name of the Space, "name" or "owner/name".
+        base: Id of the base model on the Hub.
+        adapters: Ids of ordinary LoRA adapters of it on the Hub; the first one is chosen at the start.
+        token, private, hardware, secrets: See `hf_reflora.hub.prepare_space`. If the base or an adapter is private or
+            gated, the Space gets the token as its secret HF_TOKEN, unless `secrets` has one.
+        license: Of the Space's own code and card.
+
+    Raises:
+        hub.PushError: with the reason, if it could not be pushed.
+        ValueError: a name that is no id on the Hub, or an unknown license.
+    """
+    for what, name in [("base", base), *(("adapter", adapter) for adapter in adapters)]:
+        if not is_hub_id(name):
+            raise ValueError(f"{what} must be an id on the Hub such as org/model, got {name!r}. Push it there first.")
+    if not adapters:
+        raise ValueError("Give at least one adapter.")
+    if license not in LICENSES:
+        raise ValueError(f"license {license!r} is not one of the Hub's, such as apache-2.0 or mit.")
+    secrets, warnings = dict(secrets or {}), []
+    token = token or get_token()
+    closed = [name for name in (base, *adapters) if token and not hub.is_public(name)]
+    if closed and "HF_TOKEN" not in secrets:
+        secrets["HF_TOKEN"] = token
+        warnings.append(
+            f"Not everybody can read {', '.join(closed)}, so the Space got your token as its secret HF_TOKEN; who "
+            "sees the Space sees their answers. A token that may only read is safer: --secret HF_TOKEN=VARIABLE."
+        )
+    with tempfile.TemporaryDirectory(prefix="hf_reflora-") as temporary:
+        folder = Path(temporary) / "space"
+        fill(folder, base=base, adapters=adapters, license=license)
+        check_files(folder, [folder / name for name in FILES], secrets.values())
+        variables = {"BASE_MODEL": base, "ADAPTERS": ",".join(adapters)}
+        repo = hub.prepare_space(
+            repo_id, token=token, private=private, hardware=hardware, variables=variables, secrets=secrets
+        )
+        hub.upload(repo, folder, "Before and after the fine-tune")
+    return Deployed(f"{constants.ENDPOINT}/spaces/{repo.id}", repo.id, warnings)
+
+
+def fill(folder: str | os.PathLike, *, base: str, adapters: list[str], license: str = "apache-2.0") -> None:
+    """Writes the Space's files into the new folder, with the models and the license in its front matter."""
+    folder = Path(folder)
+    folder.mkdir()
+    for name in FILES:
+        shutil.copyfile((INSTALLED if INSTALLED.is_dir() else SOURCE) / name, folder / name)
+    card = SpaceCard.load(folder / "README.md")
+    card.data.models = [base, *adapters]
+    card.data.license = license
+    card.save(folder / "README.md")

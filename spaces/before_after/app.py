@@ -1,0 +1,182 @@
+"""A page that shows what a fine-tune changed: one prompt, the base model and the adapter side by side.
+
+    BASE_MODEL=org/model ADAPTERS=org/adapter python app.py
+
+Environment: BASE_MODEL, an id on the Hub or a folder; ADAPTERS, the allow-list, separated by commas, each an id or
+folder, or name=id; EXAMPLES and SYSTEM_PROMPT, lists of JSON and a text, where an adapter's run record has none.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from engine import CannotAnswer, Engine, settings_of
+from results import Results
+
+
+try:
+    from spaces import GPU  # ZeroGPU's; without effect elsewhere
+except ImportError:
+    GPU = None
+
+QUEUE = 20
+LONGEST_PROMPT = 20_000  # characters
+CSS = ".answer textarea {font-size: 1rem} footer {display: none !important}"
+
+
+def configured() -> tuple[str, dict[str, str]]:
+    """The base model and the adapters by name.
+
+    Raises:
+        ValueError: a variable is missing, or two adapters have one name.
+    """
+    base, listed = os.environ.get("BASE_MODEL", "").strip(), os.environ.get("ADAPTERS", "")
+    if not base or not listed.strip():
+        raise ValueError("Set BASE_MODEL to the base model and ADAPTERS to its adapters, separated by commas.")
+    adapters = {}
+    for entry in filter(None, (part.strip() for part in listed.split(","))):
+        name, equals, source = entry.partition("=")
+        name, source = (name.strip(), source.strip()) if equals else (Path(entry).name, entry)
+        if name in adapters:
+            raise ValueError(f"Two adapters are called {name}. Name them: ADAPTERS=first=org/a,second=org/b.")
+        adapters[name] = source
+    return base, adapters
+
+
+BASE, ADAPTERS = configured()
+ENGINE = Engine(BASE, ADAPTERS)
+RESULTS = {name: Results(source) for name, source in ADAPTERS.items()}
+FIRST = next(iter(ADAPTERS))
+
+
+def duration(prompt: str, adapter: str, system: str, max_new_tokens: float, *_: float) -> int:
+    """Seconds of a GPU to ask for."""
+    return 15 + int(max_new_tokens) // 8
+
+
+def answer(prompt, adapter, system, max_new_tokens, temperature, top_p, seed) -> Iterator[tuple]:
+    """Both answers as they grow: [base text, adapter text, base facts, adapter facts, differences]."""
+    settings = settings_of(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    base = adapted = None
+    for base, adapted in ENGINE.compare(prompt, adapter, settings, system):
+        yield base.text, adapted.text, facts(base), facts(adapted), None
+    yield base.text, adapted.text, facts(base), facts(adapted), differences(base.text, adapted.text)
+
+
+if GPU is not None:
+    answer = GPU(duration=duration)(answer)
+
+
+def compare(
+    prompt: str,
+    adapter: str = FIRST,
+    system: str = "",
+    max_new_tokens: float = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: float = 0,
+) -> Iterator[tuple]:
+    """The page's event and the API's `/compare`."""
+    try:
+        if len(prompt) + len(system) > LONGEST_PROMPT:
+            raise CannotAnswer(f"The prompt is longer than {LONGEST_PROMPT:,} characters. Shorten it.")
+        yield from answer(prompt, adapter, system, max_new_tokens, temperature, top_p, seed)
+    except CannotAnswer as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+
+def facts(side) -> str:
+    speed = f", {side.tokens / side.seconds:.1f} tokens/s" if side.seconds else ""
+    return f"{side.tokens} tokens{speed}" + (f" · {side.ended}" if side.ended else " …")
+
+
+def differences(base: str, adapted: str) -> list[tuple[str, str | None]]:
+    """Words of both answers, marked where only one has them."""
+    left, right = re.findall(r"\s+|\w+|[^\w\s]", base), re.findall(r"\s+|\w+|[^\w\s]", adapted)
+    parts = []
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+        if kind == "equal":
+            parts.append(("".join(left[a:b]), None))
+            continue
+        parts += [
+            (text, who) for text, who in (("".join(left[a:b]), "base"), ("".join(right[c:d]), "adapter")) if text
+        ]
+    return parts
+
+
+def check(prompt: str, *others: Any) -> list[dict[str, Any]]:
+    """What is wrong is said at its field, before the queue."""
+    return [gr.validate(bool(prompt.strip()), "Type a prompt first."), *(gr.validate(True, "") for _ in others)]
+
+
+def page() -> gr.Blocks:
+    first = RESULTS[FIRST]
+    with gr.Blocks(title="Before and after the fine-tune", analytics_enabled=False) as blocks:
+        gr.Markdown("# Before and after\n\nOne prompt, the base model and a LoRA adapter of it, side by side.")
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, autofocus=True, scale=4)
+            adapter = gr.Dropdown(list(ADAPTERS), value=FIRST, label="Adapter", scale=1, min_width=200)
+        with gr.Row():
+            run = gr.Button("Compare", variant="primary")
+            stop = gr.Button("Stop", variant="stop")
+        with gr.Accordion("System prompt and sampling", open=False):
+            system = gr.Textbox(first.system_prompt, label="System prompt", lines=2, max_lines=8)
+            with gr.Row():
+                length = gr.Slider(1, 1024, 128, step=1, label="Longest answer, in tokens")
+                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest token)")
+                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
+                seed = gr.Number(0, label="Seed (the same luck for both)", precision=0, minimum=0)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                base_text = gr.Textbox(label="Base model", lines=8, buttons=["copy"], elem_classes="answer")
+                base_facts = gr.Markdown(label="Base model: length and speed")
+            with gr.Column(min_width=320):
+                adapted_text = gr.Textbox(label="With the adapter", lines=8, buttons=["copy"], elem_classes="answer")
+                adapted_facts = gr.Markdown(label="Adapter: length and speed")
+        changes = gr.HighlightedText(
+            label="Differences",
+            color_map={"base": "gray", "adapter": "blue"},
+            show_legend=True,
+            combine_adjacent=False,
+        )
+        inputs = [prompt, adapter, system, length, temperature, top_p, seed]
+        outputs = [base_text, adapted_text, base_facts, adapted_facts, changes]
+        if first.examples:
+            gr.Examples([[text] for text in first.examples], inputs=[prompt], label="Examples: held-out rows")
+        event = gr.on(
+            [run.click, prompt.submit],
+            compare,
+            inputs,
+            outputs,
+            api_name="compare",
+            validator=check,
+            concurrency_limit=1,
+            concurrency_id="model",
+            show_progress="minimal",
+        )
+        stop.click(None, cancels=[event], queue=False, api_visibility="private")
+        with gr.Accordion("The adapter's training run", open=False):
+            about = gr.Markdown(first.text)
+            scores = gr.Dataframe(
+                first.scores, headers=["score", "before", "after"], label="Scores", interactive=False
+            )
+            curve = gr.LinePlot(first.losses, x="step", y="loss", label="Training loss", height=240)
+
+        def chosen(name: str):
+            found = RESULTS[name]
+            return found.system_prompt, found.text, gr.Dataframe(found.scores), found.losses
+
+        adapter.change(chosen, adapter, [system, about, scores, curve], api_visibility="private", queue=False)
+        gr.DeepLinkButton("Share these settings")
+    return blocks
+
+
+demo = page().queue(max_size=QUEUE)
+
+
+if __name__ == "__main__":
+    demo.launch(theme=gr.themes.Monochrome(), css=CSS, show_error=False, ssr_mode=False)
