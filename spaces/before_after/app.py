@@ -25,7 +25,7 @@ except ImportError:
 
 QUEUE = 20
 LONGEST_PROMPT = 20_000  # characters
-CSS = ".answer textarea {font-size: 1rem} footer {display: none !important}"
+CSS = "footer {display: none !important}"
 
 
 def configured() -> tuple[str, dict[str, str]]:
@@ -118,8 +118,8 @@ def page() -> gr.Blocks:
     with gr.Blocks(title="Before and after the fine-tune", analytics_enabled=False) as blocks:
         gr.Markdown("# Before and after\n\nOne prompt, the base model and a LoRA adapter of it, side by side.")
         with gr.Row():
-            prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, autofocus=True, scale=4)
-            adapter = gr.Dropdown(list(ADAPTERS), value=FIRST, label="Adapter", scale=1, min_width=200)
+            prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, autofocus=True, scale=4, elem_id="prompt")
+            adapter = gr.Dropdown(list(ADAPTERS), value=FIRST, label="Adapter", scale=1, min_width=300)
         with gr.Row():
             run = gr.Button("Compare", variant="primary")
             stop = gr.Button("Stop", variant="stop")
@@ -132,14 +132,14 @@ def page() -> gr.Blocks:
                 seed = gr.Number(0, label="Seed (the same luck for both)", precision=0, minimum=0)
         with gr.Row():
             with gr.Column(min_width=320):
-                base_text = gr.Textbox(label="Base model", lines=8, buttons=["copy"], elem_classes="answer")
+                base_text = gr.Textbox(label="Base model", lines=8, buttons=["copy"], elem_id="base")
                 base_facts = gr.Markdown(label="Base model: length and speed")
             with gr.Column(min_width=320):
-                adapted_text = gr.Textbox(label="With the adapter", lines=8, buttons=["copy"], elem_classes="answer")
+                adapted_text = gr.Textbox(label="With the adapter", lines=8, buttons=["copy"], elem_id="adapted")
                 adapted_facts = gr.Markdown(label="Adapter: length and speed")
         changes = gr.HighlightedText(
             label="Differences",
-            color_map={"base": "gray", "adapter": "blue"},
+            color_map={"base": "yellow", "adapter": "blue"},
             show_legend=True,
             combine_adjacent=False,
         )
@@ -168,7 +168,8 @@ def page() -> gr.Blocks:
 
         def chosen(name: str):
             found = RESULTS[name]
-            return found.system_prompt, found.text, gr.Dataframe(found.scores), found.losses
+            table = gr.Dataframe(found.scores, visible=bool(found.scores))
+            return found.system_prompt, found.text, table, gr.LinePlot(found.losses, visible=not found.losses.empty)
 
         adapter.change(chosen, adapter, [system, about, scores, curve], api_visibility="private", queue=False)
         gr.DeepLinkButton("Share these settings")
@@ -179,4 +180,5 @@ demo = page().queue(max_size=QUEUE)
 
 
 if __name__ == "__main__":
-    demo.launch(theme=gr.themes.Monochrome(), css=CSS, show_error=False, ssr_mode=False)
+    theme = gr.themes.Monochrome(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    demo.launch(theme=theme, css=CSS, show_error=False, ssr_mode=False)

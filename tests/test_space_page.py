@@ -1,0 +1,290 @@
+"""The Space's page in a real browser, and its API: what visitors see, under load and abuse, too."""
+
+import contextlib
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from space_server import Space
+
+
+gradio_client = pytest.importorskip("gradio_client")
+pytestmark = pytest.mark.slow
+PROMPTS = ["Hello", "2 + 2 =", "a longer prompt"]
+STRANGE = ["\x00\x01\x1b[2J", "<script>alert(1)</script>", "{{7*7}} ${x}", "\u202egnp.exe", "🪞" * 50]
+NOT_SERVED = ["file=/etc/passwd", "gradio_api/file=/etc/passwd", "gradio_api/file=../app.py", "file=app.py"]
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    with Space(tmp_path_factory.mktemp("space")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(space):
+    return gradio_client.Client(space.url, verbose=False)
+
+
+def resident_mb(space) -> float:
+    status = Path(f"/proc/{space.process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1000
+
+
+def test_the_api_has_one_endpoint(client):
+    assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {"/compare"}
+
+
+def test_the_api_answers_and_streams(client):
+    job = client.submit("Hello", "first", "", 12, 0, 1, 0, api_name="/compare")
+    base, adapted, base_facts, adapted_facts, changes = job.result(60)
+    assert base != adapted
+    assert len(job.outputs()) >= 5
+    assert base_facts.startswith("12 tokens")
+    assert "length" in adapted_facts
+    assert changes
+    assert client.predict("Hello", system="", max_new_tokens=12, api_name="/compare")[:2] == (base, adapted)
+
+
+def test_every_answer_under_load_is_the_one_alone(space, client):
+    """8 clients × 12 requests, two adapters, mixed lengths."""
+    requests = [
+        (
+            ["Hello", "2 + 2 =", "a longer prompt"][i % 3],
+            ["first", "second"][i % 2],
+            "",
+            3 + i % 5,
+            0.5 * (i % 3),
+            1,
+            i,
+        )
+        for i in range(96)
+    ]
+
+    def ask(request, who=client):
+        for attempt in range(20):
+            try:
+                return who.predict(*request, api_name="/compare")[:2]
+            except Exception as error:  # the queue holds 20
+                if "queue" not in str(error).lower() or attempt == 19:
+                    raise
+                time.sleep(0.5)
+
+    alone = [ask(request) for request in requests]
+    before = resident_mb(space)
+    clients = [gradio_client.Client(space.url, verbose=False) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        shares = list(pool.map(lambda k: [ask(r, clients[k]) for r in requests[k::8]], range(8)))
+    assert [shares[i % 8][i // 8] for i in range(96)] == alone
+    assert resident_mb(space) < before + 60
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (("x" * 30_000, "first"), "longer than 20,000 characters"),
+        (("x" * 600, "first"), "tokens long; the model takes 511"),
+        (("Hello", "../../etc/passwd"), "not in the list of choices"),
+        (("Hello", "first", "", 10**6), "greater than maximum value"),
+        (("Hello", "first", "", 5, -3), "less than minimum value"),
+        (("  ", "first"), "Type a prompt first"),
+    ],
+)
+def test_abuse_is_refused_with_a_message(client, request_, message):
+    with pytest.raises(Exception) as refused:
+        client.predict(*request_, api_name="/compare")
+    assert message in str(refused.value) + getattr(getattr(refused.value, "response", None), "text", "")
+    assert client.predict("Hello", "first", "", 3, api_name="/compare")[0]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_strange_prompts_are_prompts(client, text):
+    base, *_ = client.predict(text, "first", "", 3, api_name="/compare")
+    assert isinstance(base, str)
+
+
+@pytest.mark.parametrize("path", NOT_SERVED)
+def test_files_are_not_served(space, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(space.url + path, timeout=10)
+    assert refused.value.code in (403, 404)
+
+
+def test_a_flood_is_refused_and_the_server_lives(space, client):
+    function = next(d["id"] for d in client.config["dependencies"] if d["api_name"] == "compare")
+
+    def join(i):
+        data = {"data": ["Hello", "first", "", 100, 0, 1, i], "fn_index": function, "session_hash": f"flood{i}"}
+        body, header = json.dumps(data).encode(), {"Content-Type": "application/json"}
+        try:
+            request = urllib.request.Request(f"{space.url}gradio_api/queue/join", body, header)
+            return urllib.request.urlopen(request, timeout=60).status, ""
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(join, range(40)))
+    refused = [text for status, text in answers if status == 503]
+    assert 10 <= len(refused) < 40
+    assert all("Queue is full" in text for text in refused)
+    for _ in range(100):  # nobody listens to the flood's answers: they go by
+        with contextlib.suppress(Exception):
+            assert client.predict("Hello", "first", "", 3, api_name="/compare")[0]
+            break
+        time.sleep(1)
+    else:
+        pytest.fail("the server did not come back")
+
+
+def test_nothing_internal_is_said(space):
+    assert "Traceback" not in space.output()
+
+
+browser_test = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, as `apt-get install chromium` puts it")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser, space, request):
+    """A fresh page; afterwards: no console errors, no requests to others."""
+    context = browser.new_context(**getattr(request, "param", {"viewport": {"width": 1280, "height": 900}}))
+    page, errors, outside = context.new_page(), [], []
+    # 422 is how Gradio says that the validator has found something.
+    ours = lambda message: message.type == "error" and "422" not in message.text  # noqa: E731
+    page.on("console", lambda message: errors.append(message.text) if ours(message) else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "request", lambda r: outside.append(r.url) if not r.url.startswith((space.url, "data:", "blob:")) else None
+    )
+    page.goto(space.url)
+    page.locator("#prompt textarea").wait_for()
+    yield page
+    context.close()
+    assert errors == []
+    assert outside == []
+
+
+def text_of(page, side):
+    return page.locator(f"#{side} textarea").input_value()
+
+
+def compare(page, prompt="Hello", tokens=None):
+    if tokens is not None:
+        page.get_by_role("button", name="System prompt and sampling").click()
+        page.get_by_label("number input for Longest answer, in tokens").fill(str(tokens))
+    page.locator("#prompt textarea").fill(prompt)
+    page.get_by_role("button", name="Compare").click()
+
+
+def wait_for_end(page):
+    page.get_by_text("tokens/s ·").nth(1).wait_for(timeout=60_000)
+
+
+@browser_test
+def test_compare_in_the_browser(page):
+    compare(page, tokens=12)
+    wait_for_end(page)
+    base, adapted = text_of(page, "base"), text_of(page, "adapted")
+    assert base
+    assert base != adapted
+    assert page.get_by_text("12 tokens").count() == 2
+
+
+@browser_test
+def test_both_sides_stream_and_stop_at_once(page):
+    compare(page, tokens=400)
+    page.wait_for_function("document.querySelector('#adapted textarea').value.length > 0", timeout=60_000)
+    lengths = [len(text_of(page, name)) for name in ("base", "adapted")]
+    assert min(lengths) > 0
+    page.get_by_role("button", name="Stop").click()
+    time.sleep(1)
+    stopped = text_of(page, "base")
+    time.sleep(1)
+    assert text_of(page, "base") == stopped
+    assert page.get_by_text("400 tokens").count() == 0
+
+
+@browser_test
+def test_a_closed_tab_frees_the_model(browser, space, client):
+    page = browser.new_page()
+    page.goto(space.url)
+    page.locator("#prompt textarea").wait_for()
+    compare(page, tokens=480)
+    page.wait_for_function("document.querySelector('#adapted textarea').value.length > 0", timeout=60_000)
+    page.close()
+    begin = time.monotonic()
+    client.predict("Hello", "first", "", 2, api_name="/compare")
+    assert time.monotonic() - begin < 5
+
+
+@browser_test
+def test_an_error_is_said_at_its_place(page):
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("Type a prompt first.").first.wait_for()
+    compare(page, "x" * 600)
+    page.get_by_text("tokens long; the model takes 511").wait_for(timeout=60_000)
+
+
+@browser_test
+def test_switching_the_adapter_shows_its_run(page):
+    page.get_by_role("button", name="The adapter's training run").click()
+    page.get_by_text("Trained with reflora.").wait_for()
+    assert page.get_by_text("0.5").count() >= 1
+    page.get_by_label("Adapter", exact=True).first.click()
+    page.get_by_role("option", name="second").click()
+    page.get_by_text("It has no run record.").wait_for()
+    compare(page, tokens=6)
+    wait_for_end(page)
+
+
+@browser_test
+def test_html_in_a_prompt_stays_text(page):
+    compare(page, "<img src=x onerror=\"document.title='hacked'\"> **bold**", tokens=6)
+    wait_for_end(page)
+    assert page.title() == "Before and after the fine-tune"
+
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+DARK = {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"}
+
+
+@browser_test
+@pytest.mark.parametrize("page", [PHONE], indirect=True)
+def test_a_phone_stacks_the_answers(page):
+    compare(page, tokens=6)
+    wait_for_end(page)
+    boxes = [page.locator(f"#{side} textarea").bounding_box() for side in ("base", "adapted")]
+    assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@browser_test
+@pytest.mark.parametrize("page", [{}, DARK, PHONE], indirect=True, ids=["light", "dark", "phone"])
+def test_axe_finds_nothing(page):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    compare(page, tokens=6)
+    wait_for_end(page)
+    page.get_by_role("button", name="The adapter's training run").click()
+    page.wait_for_timeout(500)
+    found = axe.Axe().run(page).response["violations"]
+    assert [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in found] == []
+
+
+@browser_test
+def test_it_is_used_by_keyboard_alone(page):
+    page.locator("#prompt textarea").focus()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Shift+Enter")
+    page.get_by_text("tokens/s").nth(1).wait_for(timeout=60_000)
