@@ -2,8 +2,7 @@
 
     BASE_MODEL=org/model ADAPTERS=org/adapter python app.py
 
-Environment: BASE_MODEL, an id on the Hub or a folder; ADAPTERS, the allow-list, separated by commas, each an id or
-folder, or name=id; EXAMPLES and SYSTEM_PROMPT, lists of JSON and a text, where an adapter's run record has none.
+BASE_MODEL is an id on the Hub or a folder; ADAPTERS, the allow-list, has ids, folders or name=id, with commas between.
 """
 
 import difflib
