@@ -32,7 +32,11 @@ GIVEN = (
 )
 # What a resumed run takes over.
 KEPT = ("scores", "examples", "card", "runs", "seconds", "peak_memory_gb")
-TIMINGS = ("runtime", "step", "preparation_time", "samples_per_second", "steps_per_second", "epoch", "num_tokens")
+# Metrics that say how an evaluation went, not how good the model is.
+NO_SCORES = (
+    *("runtime", "preparation_time", "samples_per_second", "steps_per_second"),
+    *("step", "epoch", "num_tokens", "entropy"),
+)
 
 
 class RunRecordCallback(TrainerCallback):
@@ -159,7 +163,7 @@ class RunRecordCallback(TrainerCallback):
         found = {
             name.removeprefix("eval_"): value
             for name, value in (metrics or {}).items()
-            if isinstance(value, int | float) and not name.endswith(TIMINGS)
+            if isinstance(value, int | float) and not name.endswith(NO_SCORES)
         }
         when = "before" if state.global_step == 0 and not _acts(self._model) else "after"
         rows = getattr(eval_dataloader, "dataset", None)

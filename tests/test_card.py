@@ -21,7 +21,9 @@ LEAST = {"method": "lora", "model": "org/base", "scores": {}}
 
 
 def record(**changes):
-    return {**copy.deepcopy(RECORD), "model": "org/base", "dataset": "org/data", **changes}
+    """The demo's record, as if its model and data were on the Hub."""
+    known = {key: value for key, value in RECORD.items() if key not in ("base_model", "dataset_id", "tags")}
+    return {**copy.deepcopy(known), "model": "org/base", "dataset": "org/data", **changes}
 
 
 def front_matter(card):

@@ -181,7 +181,7 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert record["processes"] == processes
     assert record["scores"]["rows"] == 6
     before, after = record["scores"]["before"], record["scores"]["after"]
-    assert set(before) == {"loss", "exact", "valid_json", "right_tool", "argument_f1"}
+    assert set(before) == {"loss", "mean_token_accuracy", "exact", "valid_json", "right_tool", "argument_f1"}
     assert after["loss"] < before["loss"]
     assert len(record["examples"]) == 5
     assert record["train_rows"] == 24
