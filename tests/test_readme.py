@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare  # noqa: E402
 import compare_cards  # noqa: E402
 import init_cost  # noqa: E402
+import side_by_side  # noqa: E402
 import step_cost  # noqa: E402
 
 
@@ -118,6 +119,13 @@ def test_initialization_tables_are_the_record():
     step = record["memory"]["a LoRA training step"]["gb"]
     assert record["memory"]["LoRA-SB"]["gb"] <= step
     assert all(ways["block Krylov"]["missed_energy"] <= 1e-4 for ways in record["svd"].values())
+
+
+def test_side_by_side_table_is_the_record():
+    record = json.loads(side_by_side.RECORD.read_text(encoding="utf-8"))
+    assert side_by_side.table(record) in README
+    assert record["differences"]["in turn"] == 0
+    assert record["environment"]["uncommitted_changes"] is False
 
 
 def test_cards_table_is_the_record():
