@@ -325,8 +325,6 @@ def _persist(call: Callable[[], T], what: str, user: str = "the user") -> T:
     for delay in (*DELAYS, None):
         try:
             return call()
-        except PushError:
-            raise
         except FAILURES as error:
             # "from None": the client's own messages show signed addresses.
             if not _is_transient(error) or delay is None:

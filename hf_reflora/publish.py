@@ -179,9 +179,8 @@ def stage(folder: Path, target: Path, *, record: dict[str, Any], checkpoints: di
             path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     if not (target / PLOT_NAME).exists():
         plot(record, target / PLOT_NAME)
-    (target / CARD_NAME).unlink(missing_ok=True)
-    if is_edited(_read(folder / CARD_NAME)):
-        link(folder / CARD_NAME, target / CARD_NAME)
+    if not is_edited(_read(folder / CARD_NAME)):
+        (target / CARD_NAME).unlink(missing_ok=True)  # it is rendered anew
     return sorted(
         path.name for path in folder.iterdir() if path.name != CARD_NAME and not (target / path.name).exists()
     )

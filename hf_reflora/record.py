@@ -91,12 +91,14 @@ class RunRecordCallback(TrainerCallback):
     def write(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the record as it is now into `folder`, on the main process only; returns it."""
         self._refresh()
-        if PartialState().is_main_process:
-            tensors = get_peft_model_state_dict(self._model, adapter_name=self._model.active_adapter)
-            self.record["diagnostics"] = diagnostics(self._model.active_peft_config, tensors)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            write_json(Path(folder) / RECORD_NAME, without_secrets(self.record))
-        return without_secrets(self.record)
+        if not PartialState().is_main_process:
+            return without_secrets(self.record)
+        tensors = get_peft_model_state_dict(self._model, adapter_name=self._model.active_adapter)
+        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, tensors)
+        record = without_secrets(self.record)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / RECORD_NAME, record)
+        return record
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if not isinstance(model, PeftModel):

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCard, constants, get_token
 
 from . import hub
-from .card import LICENSES
+from .card import check_license
 from .ids import is_hub_id
 from .scan import check_files
 
@@ -58,8 +58,7 @@ def deploy_space(
             raise ValueError(f"{what} must be an id on the Hub such as org/model, got {name!r}. Push it there first.")
     if not adapters:
         raise ValueError("Give at least one adapter.")
-    if license not in LICENSES:
-        raise ValueError(f"license {license!r} is not one of the Hub's, such as apache-2.0 or mit.")
+    check_license(license)
     secrets, warnings = dict(secrets or {}), []
     token = token or get_token()
     closed = [name for name in (base, *adapters) if token and not hub.is_public(name)]
