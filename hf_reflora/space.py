@@ -17,6 +17,7 @@ from .scan import check_files
 # In an installed package by pyproject.toml, or in the repository.
 INSTALLED, SOURCE = Path(__file__).parent / "before_after", Path(__file__).parents[1] / "spaces" / "before_after"
 FILES = ("README.md", "app.py", "engine.py", "results.py", "requirements.txt")
+ZERO_GPU_TORCH = "torch>=2.8,<2.12"  # the versions that ZeroGPU has
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def deploy_space(
         )
     with tempfile.TemporaryDirectory(prefix="hf_reflora-") as temporary:
         folder = Path(temporary) / "space"
-        fill(folder, base=base, adapters=adapters, license=license)
+        zero_gpu = hardware is not None and hardware.startswith("zero")
+        fill(folder, base=base, adapters=adapters, license=license, zero_gpu=zero_gpu)
         check_files(folder, [folder / name for name in FILES], secrets.values())
         variables = {"BASE_MODEL": base, "ADAPTERS": ",".join(adapters)}
         repo = hub.prepare_space(
@@ -80,8 +82,13 @@ def deploy_space(
     return Deployed(f"{constants.ENDPOINT}/spaces/{repo.id}", repo.id, warnings)
 
 
-def fill(folder: str | os.PathLike, *, base: str, adapters: list[str], license: str = "apache-2.0") -> None:
-    """Writes the Space's files into the new folder, with the models and the license in its front matter."""
+def fill(
+    folder: str | os.PathLike, *, base: str, adapters: list[str], license: str = "apache-2.0", zero_gpu: bool = False
+) -> None:
+    """Writes the Space's files into the new folder, with the models and the license in its front matter.
+
+    `zero_gpu` limits torch to what ZeroGPU has.
+    """
     folder = Path(folder)
     folder.mkdir()
     for name in FILES:
@@ -90,3 +97,8 @@ def fill(folder: str | os.PathLike, *, base: str, adapters: list[str], license: 
     card.data.models = [base, *adapters]
     card.data.license = license
     card.save(folder / "README.md")
+    if zero_gpu:
+        requirements = folder / "requirements.txt"
+        lines = requirements.read_text(encoding="utf-8").splitlines()
+        lines = [ZERO_GPU_TORCH if line.startswith("torch") else line for line in lines]
+        requirements.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -138,12 +138,15 @@ class Repo:
             found[kind].append({"name": name, "ref": ref, "targetCommit": oid})
         return {"branches": found["heads"], "tags": found["tags"], "pullRequests": found["pr"], "converts": []}
 
+    def runtime(self):
+        return {"stage": "BUILDING", "hardware": {"current": None, "requested": self.hardware}}
+
     def info(self, oid, blobs):
         readme = self.files[oid].get("README.md")
         card = front_matter(readme.data.decode()) if readme and readme.data else {}
         info = {"id": self.id, "sha": oid, "lastModified": DATE, "cardData": card}
         info |= {"private": self.visibility == "private", "sdk": self.sdk}
-        info["runtime"] = {"stage": "BUILDING", "hardware": {"current": None, "requested": self.hardware}}
+        info["runtime"] = self.runtime()
         info |= {key: card.get(key) for key in ("library_name", "pipeline_tag", "model-index")}
         info["tags"] = listed(card, "tags") + [f"license:{name}" for name in listed(card, "license")]
         files = self.files[oid].items()
@@ -527,6 +530,11 @@ class Hub(ThreadingHTTPServer):
         elif request.method == "DELETE":
             values.pop(json.loads(request.body)["key"], None)
         return values if what == "variables" else {key: {"key": key} for key in values}
+
+    @route("POST", REPO + "/hardware", "write")
+    def space_hardware(self, request, repo):
+        repo.hardware = json.loads(request.body)["flavor"]
+        return repo.runtime()
 
     def fault(self, method, path):
         """The first fault that is due for a request."""

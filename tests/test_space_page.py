@@ -89,11 +89,11 @@ def test_visitors_are_served_in_the_order_they_came(space):
     clients, order = [gradio_client.Client(space.url, verbose=False) for _ in range(5)], []
     jobs = []
     for i, who in enumerate(clients):
-        length = 150 if i == 0 else 5
+        length = 400 if i == 0 else 40
         job = who.submit("Hello", "first", "", length, api_name="/compare")
         job.add_done_callback(lambda _, i=i: order.append(i))
         jobs.append(job)
-        time.sleep(0.1)
+        time.sleep(0.4)
     for job in jobs:
         job.result(60)
     assert order == [0, 1, 2, 3, 4]

@@ -3,6 +3,8 @@
     BASE_MODEL=org/model ADAPTERS=org/adapter python app.py
 
 BASE_MODEL is an id on the Hub or a folder; ADAPTERS, the allow-list, has ids, folders or name=id, with commas between.
+Without them the `models` in README.md's front matter are taken: the base model, then the adapters. SYSTEM_PROMPT,
+MAX_NEW_TOKENS, TEMPERATURE, TOP_P and SEED set what the page starts with.
 """
 
 import difflib
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from engine import CannotAnswer, Engine, settings_of
+from engine import CannotAnswer, Engine, Settings, settings_of
+from huggingface_hub import metadata_load
 from results import Results
 
 
@@ -31,13 +34,16 @@ def configured() -> tuple[str, dict[str, str]]:
     """The base model and the adapters by name.
 
     Raises:
-        ValueError: a variable is missing, or two adapters have one name.
+        ValueError: neither the variables nor the front matter say them, or two adapters have one name.
     """
-    base, listed = os.environ.get("BASE_MODEL", "").strip(), os.environ.get("ADAPTERS", "")
-    if not base or not listed.strip():
+    models = (metadata_load(Path(__file__).with_name("README.md")) or {}).get("models") or [""]
+    base = os.environ.get("BASE_MODEL", "").strip() or models[0]
+    listed = os.environ.get("ADAPTERS", "").split(",")
+    entries = [entry.strip() for entry in listed if entry.strip()] or models[1:]
+    if not base or not entries:
         raise ValueError("Set BASE_MODEL to the base model and ADAPTERS to its adapters, separated by commas.")
     adapters = {}
-    for entry in filter(None, (part.strip() for part in listed.split(","))):
+    for entry in entries:
         name, equals, source = entry.partition("=")
         name, source = (name.strip(), source.strip()) if equals else (Path(entry).name, entry)
         if name in adapters:
@@ -46,7 +52,18 @@ def configured() -> tuple[str, dict[str, str]]:
     return base, adapters
 
 
+def configured_settings() -> Settings:
+    """What the page and the API start with.
+
+    Raises:
+        ValueError: a variable is no number, or out of range.
+    """
+    defaults = {"max_new_tokens": 128, "temperature": 0, "top_p": 1, "seed": 0}
+    return settings_of(**{name: os.environ.get(name.upper()) or value for name, value in defaults.items()})
+
+
 BASE, ADAPTERS = configured()
+DEFAULTS, SYSTEM_PROMPT = configured_settings(), os.environ.get("SYSTEM_PROMPT", "")
 ENGINE = Engine(BASE, ADAPTERS)
 RESULTS = {name: Results(source) for name, source in ADAPTERS.items()}
 FIRST = next(iter(ADAPTERS))
@@ -74,10 +91,10 @@ def compare(
     prompt: str,
     adapter: str = FIRST,
     system: str = "",
-    max_new_tokens: float = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: float = 0,
+    max_new_tokens: float = DEFAULTS.max_new_tokens,
+    temperature: float = DEFAULTS.temperature,
+    top_p: float = DEFAULTS.top_p,
+    seed: float = DEFAULTS.seed,
 ) -> Iterator[tuple]:
     """The page's event and the API's `/compare`."""
     try:
@@ -123,12 +140,14 @@ def page() -> gr.Blocks:
             run = gr.Button("Compare", variant="primary")
             stop = gr.Button("Stop", variant="stop")
         with gr.Accordion("System prompt and sampling", open=False):
-            system = gr.Textbox(first.system_prompt, label="System prompt", lines=2, max_lines=8)
+            system = gr.Textbox(first.system_prompt or SYSTEM_PROMPT, label="System prompt", lines=2, max_lines=8)
             with gr.Row():
-                length = gr.Slider(1, 1024, 128, step=1, label="Longest answer, in tokens")
-                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest token)")
-                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                seed = gr.Number(0, label="Seed (the same luck for both)", precision=0, minimum=0)
+                length = gr.Slider(1, 4096, DEFAULTS.max_new_tokens, step=1, label="Longest answer, in tokens")
+                temperature = gr.Slider(
+                    0, 5, DEFAULTS.temperature, step=0.05, label="Temperature (0: likeliest token)"
+                )
+                top_p = gr.Slider(0.05, 1, DEFAULTS.top_p, step=0.05, label="Top-p")
+                seed = gr.Number(DEFAULTS.seed, label="Seed (the same luck for both)", precision=0, minimum=0)
         with gr.Row():
             with gr.Column(min_width=320):
                 base_text = gr.Textbox(label="Base model", lines=8, buttons=["copy"], elem_id="base")
@@ -161,14 +180,20 @@ def page() -> gr.Blocks:
         with gr.Accordion("The adapter's training run", open=False):
             about = gr.Markdown(first.text)
             scores = gr.Dataframe(
-                first.scores, headers=["score", "before", "after"], label="Scores", interactive=False
+                first.scores,
+                headers=["score", "before", "after"],
+                label="Scores",
+                interactive=False,
+                visible=bool(first.scores),
             )
-            curve = gr.LinePlot(first.losses, x="step", y="loss", label="Training loss", height=240)
+            losses = {"x": "step", "y": "loss", "label": "Training loss", "height": 240}
+            curve = gr.LinePlot(first.losses, **losses, visible=not first.losses.empty)
 
         def chosen(name: str):
             found = RESULTS[name]
             table = gr.Dataframe(found.scores, visible=bool(found.scores))
-            return found.system_prompt, found.text, table, gr.LinePlot(found.losses, visible=not found.losses.empty)
+            system_prompt = found.system_prompt or SYSTEM_PROMPT
+            return system_prompt, found.text, table, gr.LinePlot(found.losses, visible=not found.losses.empty)
 
         adapter.change(chosen, adapter, [system, about, scores, curve], api_visibility="private", queue=False)
         gr.DeepLinkButton("Share these settings")

@@ -2,7 +2,7 @@
 
 Both sides decode in turn, a token each: with the adapter disabled, and with it. So each side is computed as it would
 be alone, to the bit, and both appear together. (A mixed batch, PEFT's `adapter_names`, may be faster, but promises no
-such equality, and leaves hooks in the model when it fails.)
+such equality, is not for DoRA, and leaves hooks in the model when it fails.)
 """
 
 import dataclasses

@@ -82,6 +82,14 @@ def test_refusals(server, capsys, arguments, message):
     assert server.state() == {}
 
 
+def test_zero_gpu_gets_a_torch_that_it_has(server, models):
+    deploy(hardware="zero-a10g")
+    assert server.state()[SPACE]["hardware"] == "zero-a10g"
+    assert "torch>=2.8,<2.12" in server.read(SPACE, "requirements.txt").decode().splitlines()
+    deploy()
+    assert "torch>=2.8" in server.read(SPACE, "requirements.txt").decode().splitlines()
+
+
 def test_a_space_of_another_kind_is_not_overwritten(server, models):
     HfApi().create_repo("me/demo", repo_type="space", space_sdk="static")
     with pytest.raises(PushError, match="The Space me/demo is one of static, not of gradio"):
