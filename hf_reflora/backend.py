@@ -1,33 +1,51 @@
-"""What accelerate and a Trainer hand to callbacks: the backend that runs, and the optimizer inside its wrapper."""
+"""What accelerate and a Trainer hand to callbacks: the backend that runs, and the optimizer inside its wrappers."""
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.optim import Optimizer
+from transformers.utils import is_sagemaker_mp_enabled
+
+
+def is_deepspeed() -> bool:
+    """Whether DeepSpeed trains, which takes the optimizer's step inside the backward pass."""
+    return bool(AcceleratorState._shared_state) and AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+
+
+def backend_name() -> str:
+    """The backend as a person says it, such as "MULTI_GPU", "FSDP2" or "DeepSpeed ZeRO-2"."""
+    if not AcceleratorState._shared_state:
+        return PartialState().distributed_type.value
+    state = AcceleratorState()
+    if is_deepspeed():
+        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    return "FSDP2" if state.is_fsdp2 else state.distributed_type.value
 
 
 def check_backend(what: str) -> None:
-    """Raises a ValueError on backends where a callback does not have whole factors and gradients in its hands.
+    """Raises a ValueError on backends where the factors and their gradients are out of reach.
 
     Args:
         what: What would not work there, for the message.
     """
+    if is_sagemaker_mp_enabled():
+        raise ValueError(f"{what} does not support SageMaker's model parallelism. Train with FSDP2 or DeepSpeed.")
     if not AcceleratorState._shared_state:
         return
     state = AcceleratorState()
-    reasons = {
-        DistributedType.DEEPSPEED: (
-            "DeepSpeed takes the optimizer's step inside the backward pass, so gradients changed after it do nothing"
-        ),
-        DistributedType.FSDP: "FSDP keeps the factors in flat or sharded parameters, so they are not whole",
-        DistributedType.MEGATRON_LM: "Megatron-LM takes the optimizer's step by itself",
-    }
-    if state.distributed_type in reasons:
+    if state.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError(
-            f"{what} does not support {state.distributed_type.value} yet: {reasons[state.distributed_type]}. Train "
-            f"with DDP instead (accelerate launch --multi_gpu), or without {what}."
+            f"{what} does not support Megatron-LM, which takes the optimizer's step by itself. Train with FSDP2, "
+            "DeepSpeed or DDP."
+        )
+    if state.distributed_type == DistributedType.FSDP and not state.is_fsdp2:
+        raise ValueError(
+            f"{what} does not support FSDP1, which keeps the factors in flat parameters. Train with FSDP2: "
+            "fsdp_version: 2 in accelerate's configuration, or fsdp_config={'version': 2}."
         )
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

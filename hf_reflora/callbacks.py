@@ -6,24 +6,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from .backend import check_backend, inner_optimizer
+from .backend import check_backend, inner_optimizer, is_deepspeed
 from .optimizer import STEP_KEY
 from .pairs import lora_layers, require_pairs, trainable_pairs
+from .sharded import gathered
 from .step import RefLora, check_optimizer
+from .zero import GradientHooks, check_reachable, rescale_
 
 
 class RefLoraCallback(TrainerCallback):
     """Refactors the LoRA factors at each optimizer step (RefLoRA, https://huggingface.co/papers/2505.18877).
 
     Works with gradients that are accumulated, reduced over processes, unscaled and clipped: on one device, with DDP,
-    with gradient accumulation and checkpointing, bf16, fp16 and torch.compile. The pairs are PEFT's trainable
-    lora_A/lora_B pairs of Linear, Embedding, Conv and `target_parameters` layers; all else is updated as usual. The
-    logged `grad_norm` is the norm before preconditioning.
+    with FSDP2, with gradient accumulation and checkpointing, bf16, fp16 and torch.compile. The pairs are PEFT's
+    trainable lora_A/lora_B pairs of Linear, Embedding, Conv and `target_parameters` layers; all else is updated as
+    usual. The logged `grad_norm` is the norm before preconditioning.
+
+    DeepSpeed takes its step inside the backward pass. There S is computed when a step begins and multiplies each
+    micro-batch's gradient, which is the same but for rounding, and for clipping: `max_grad_norm` then bounds the
+    preconditioned gradient, and `grad_norm` is its norm.
 
     It has no state: warm-up and interval follow `state.global_step`, so a resumed run continues exactly.
 
-    Not for DeepSpeed (the step is taken inside the backward pass), FSDP (flat or sharded factors) or Megatron-LM:
-    there it raises; use DDP. Give a trainer one such callback, and not together with `create_reflora_optimizer`.
+    Not for FSDP1 (flat parameters), Megatron-LM and SageMaker's model parallelism, nor for optimizers that step
+    inside the backward pass or need a closure: there it raises. Give a trainer one such callback, and not together
+    with `create_reflora_optimizer`.
 
     Args:
         method: `"reflora"` (Theorem 3) or `"reflora_s"` (Theorem 5).
@@ -52,6 +59,8 @@ class RefLoraCallback(TrainerCallback):
         self.reflora = RefLora(method, form, eps, dtype, warmup_steps, interval, smoothness)
         self._layers = {}
         self._grad_norm: Tensor | None = None
+        self._hooks = GradientHooks(self.reflora)
+        self._deepspeed = False
 
     def check(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Raises where this callback could not work: see the class."""
@@ -68,25 +77,46 @@ class RefLoraCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.check(model, optimizer)
         self._layers = lora_layers(model)
+        self._deepspeed = is_deepspeed()
+        if self._deepspeed:
+            pairs = trainable_pairs(self._layers)
+            if self.reflora.rescales:
+                check_reachable(pairs)
+            self._hooks.attach([] if self.reflora.rescales else pairs)
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if self._deepspeed and not self.reflora.rescales:
+            pairs = trainable_pairs(self._layers) if self.reflora.due(state.global_step) else []
+            self._hooks.freeze(pairs, inner_optimizer(optimizer))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if not self.reflora.rescales and self.reflora.due(state.global_step):
+        if not self._deepspeed and not self.reflora.rescales and self.reflora.due(state.global_step):
             self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), inner_optimizer(optimizer))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.reflora.rescales and self.reflora.due(state.global_step):
-            self.reflora.after_optimizer(trainable_pairs(self._layers), inner_optimizer(optimizer))
+            pairs, optimizer = trainable_pairs(self._layers), inner_optimizer(optimizer)
+            if self._deepspeed:
+                rescale_(self.reflora, pairs, optimizer)
+            else:
+                self.reflora.after_optimizer(pairs, optimizer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hooks.attach([])
 
     def metrics(self) -> dict[str, float]:
-        """What `RefLoraTrainer` logs; for other trainers, call it where you log.
+        """What `RefLoraTrainer` logs; for other trainers, call it where you log, on all processes.
 
         Means over the pairs as they are now, before the next refactoring (balance_gap, balance_residual, norm_A,
         norm_B, fallback, and medians of cond_P and cond_Q: see `hf_reflora.refactor.diagnose`), and `grad_norm`, the
-        norm of the LoRA gradients after the last preconditioning. What does not exist yet is left out.
+        norm of the LoRA gradients after the last preconditioning. What does not exist yet, or not under DeepSpeed, is
+        left out.
         """
         pairs = trainable_pairs(self._layers)
         values = {}
-        for name, value in self.reflora.diagnose(pairs).items() if pairs else ():
+        with gathered(factor for pair in pairs for factor in (pair.A, pair.B)):
+            found = self.reflora.diagnose(pairs) if pairs else {}
+        for name, value in found.items():
             value = value[value.isfinite()]
             if len(value):
                 values[name] = (value.median() if name.startswith("cond") else value.mean()).item()

@@ -35,8 +35,8 @@ def create_reflora_optimizer(
     steps, for `warmup_steps` and `interval`, is part of its `state_dict`. Clip gradients before `step`, as usual, and
     with a GradScaler call `scaler.step(optimizer)`.
 
-    With a Hugging Face Trainer use `RefLoraCallback`, which also follows the Trainer's step count. Not for DeepSpeed
-    ZeRO and FSDP, which hand the optimizer flat or sharded parameters.
+    With a Hugging Face Trainer use `RefLoraCallback`, which also follows the Trainer's step count and works under
+    DeepSpeed. With FSDP2 create the optimizer after `fully_shard`, or let accelerate prepare both.
 
     Args:
         model: A PEFT model with trainable LoRA adapters. Its pairs are looked up at each step: adapters may switch.
@@ -56,7 +56,9 @@ def create_reflora_optimizer(
 
     Raises:
         TypeError: `optimizer_cls` is not an optimizer class.
-        ValueError: a value out of range, no trainable LoRA pair, or an optimizer whose step needs a closure.
+        ValueError: a value out of range, no trainable LoRA pair, or an optimizer whose step needs a closure or is
+            taken inside the backward pass; at the first step, if the model's factors are not the optimizer's (sharded
+            after it was made, DeepSpeed).
 
     Example:
         >>> optimizer = create_reflora_optimizer(peft_model, torch.optim.AdamW, lr=2e-4)

@@ -11,7 +11,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 # Variants whose update is not scaling * B @ A, so that (Tᵀ A, B T⁻ᵀ) would change it.
@@ -40,10 +40,14 @@ class LoraPair:
 
     def split_A(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views (r, in) of a tensor of A's shape, one a block."""
+        if isinstance(tensor, DTensor):
+            return (tensor.detach(),)
         return _rows(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
 
     def split_B(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views (out, r) of a tensor of B's shape, one a block."""
+        if isinstance(tensor, DTensor):
+            return (tensor.detach(),)
         if self.experts:
             return _rows(tensor).unflatten(1, (-1, self.blocks)).unbind(2)
         return _rows(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
@@ -69,7 +73,7 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
 
     Raises:
         ValueError: A trainable pair is of a variant whose update is not B @ A, or shares one factor with another.
-        NotImplementedError: A trainable factor is sharded (DTensor: FSDP2, tensor parallelism).
+        NotImplementedError: A trainable factor is sharded in another way than FSDP2 shards a matrix.
     """
     pairs, seen, taken = [], set(), set()
     for name, layer in layers.items():
@@ -90,15 +94,25 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
                     f"RefLoRA needs an update of the form B @ A, but {name} (adapter {adapter!r}) uses {variant}: "
                     f"{UNSUPPORTED_VARIANTS[variant]}. Use a plain LoraConfig, or train this adapter without RefLoRA."
                 )
-            if isinstance(A, DTensor) or isinstance(B, DTensor):
-                raise NotImplementedError(
-                    f"RefLoRA found sharded factors (DTensor) in {name}: FSDP2 and tensor parallelism are not "
-                    "supported yet. Train with DDP or on one device."
-                )
             experts = isinstance(layer, ParamWrapper)
             blocks = layer.num_experts if experts else getattr(layer.get_base_layer(), "groups", 1)
+            _check_shards(name, A, B, blocks)
             pairs.append(LoraPair(f"{name}[{adapter}]", A, B, float(layer.scaling[adapter]), blocks, experts))
     return pairs
+
+
+def _check_shards(name: str, A: Tensor, B: Tensor, blocks: int) -> None:
+    placements = [placement for M in (A, B) if isinstance(M, DTensor) for placement in M.placements]
+    if placements and (A.ndim > 2 or blocks > 1):
+        raise NotImplementedError(
+            f"RefLoRA found sharded factors in {name}, a convolution or expert layer: under FSDP2 it knows linear and "
+            "embedding layers. Train with DDP or DeepSpeed, or leave the layer out."
+        )
+    if any(placement not in (Shard(0), Replicate()) for placement in placements):
+        raise NotImplementedError(
+            f"RefLoRA found factors sharded as {placements} in {name}: it knows FSDP2's shards of rows, not tensor "
+            "parallelism. Train with FSDP2, DDP or DeepSpeed."
+        )
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:

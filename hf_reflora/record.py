@@ -13,13 +13,15 @@ from typing import Any
 
 import datasets
 from accelerate.state import PartialState
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import TrainerCallback
 
+from .backend import backend_name
 from .environment import environment, peak_memory_gb, without_secrets, write_json
 from .ids import commit_in_cache, hub_id
 from .inspect import diagnostics, method_of
 from .lora_sb import LoraSbConfig
+from .sharded import adapter_tensors, is_sharded
 
 
 SCHEMA = 2
@@ -93,8 +95,8 @@ class RunRecordCallback(TrainerCallback):
         self._refresh()
         if not PartialState().is_main_process:
             return without_secrets(self.record)
-        tensors = get_peft_model_state_dict(self._model, adapter_name=self._model.active_adapter)
-        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, tensors)
+        if not is_sharded(self._model):
+            self._diagnose()
         record = without_secrets(self.record)
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / RECORD_NAME, record)
@@ -119,8 +121,8 @@ class RunRecordCallback(TrainerCallback):
             seed=args.seed,
             data_seed=args.data_seed,
             processes=args.world_size,
-            backend=PartialState().distributed_type.value,
-            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            backend=backend_name(),
+            trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
             environment=environment(),
         )
         self.record |= self.facts
@@ -171,7 +173,13 @@ class RunRecordCallback(TrainerCallback):
         rows = getattr(eval_dataloader, "dataset", None)
         self.update(scores={when: found, **({"rows": len(rows)} if hasattr(rows, "__len__") else {})})
 
+    def _diagnose(self) -> None:
+        """On all processes where the model is sharded."""
+        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, adapter_tensors(self._model))
+
     def on_save(self, args, state, control, **kwargs):
+        if is_sharded(self._model):
+            self._diagnose()
         self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -182,6 +190,8 @@ class RunRecordCallback(TrainerCallback):
             best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
             if best:
                 self.on_evaluate(args, state, control, metrics=best[-1])
+        if is_sharded(self._model):
+            self._diagnose()
         self.write(args.output_dir)
 
     def _refresh(self) -> None:
@@ -252,5 +262,5 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _acts(model: PeftModel) -> bool:
     """Whether the adapter changes what the model computes: lora_B or lorasb_R is not 0 in some layer."""
     last = ("lora_B.weight", "lorasb_R", "lora_embedding_A")
-    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    tensors = adapter_tensors(model)
     return any(name.endswith(last) and bool(tensor.any()) for name, tensor in tensors.items())

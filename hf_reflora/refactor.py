@@ -24,12 +24,14 @@ written back is cast once, at the end, to the dtype of the tensor it is written 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .dtensors import whole
 
 
 Quintic = tuple[float, float, float]
@@ -191,7 +193,8 @@ def gram_stack(
     grams: list[Tensor] = [None] * len(factors)
     for indices in _alike(factors):
         stack = torch.stack([factors[i] for i in indices]).to(dtype)
-        for i, gram in zip(indices, (stack @ stack.mT).unbind(0), strict=True):
+        # Of shards the sum over the processes, an all-reduce of r × r.
+        for i, gram in zip(indices, whole(stack @ stack.mT).unbind(0), strict=True):
             grams[i] = gram
     return torch.stack(grams)
 
@@ -214,6 +217,28 @@ def refactor_pairs(
         return P, Q, refactoring(P, Q, eps=eps, coefficients=polar_coefficients(eps / r), inverse_step=inverse_step)
 
 
+def refactorings(
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    *,
+    eps: float | None,
+    dtype: torch.dtype,
+    inverse_steps: Sequence[float] | None,
+) -> Iterator[tuple[list[int], Refactoring]]:
+    """The refactorings of pairs of any ranks and devices, batch by batch: (indices, refactoring)."""
+    for indices in _one_rank(As, Bs):
+        inverse_step = None
+        if inverse_steps is not None:
+            first = As[indices[0]]
+            inverse_step = torch.tensor(
+                [inverse_steps[i] for i in indices], dtype=compute_dtype(first, minimum=dtype), device=first.device
+            )
+        _, _, R = refactor_pairs(
+            [As[i] for i in indices], [Bs[i] for i in indices], eps=eps, dtype=dtype, inverse_step=inverse_step
+        )
+        yield indices, R
+
+
 @torch.no_grad()
 def precondition_(
     As: Sequence[Tensor],
@@ -229,9 +254,9 @@ def precondition_(
 
     Args:
         As: n matrices A (r_i, in_i) of any floating dtype. Ranks and devices may differ.
-        Bs: n matrices B (out_i, r_i).
+        Bs: n matrices B (out_i, r_i), or FSDP2's shards of them, DTensors of rows.
         grads_A: n gradients of A's shape, overwritten; None is left out.
-        grads_B: n gradients of B's shape, overwritten; None is left out.
+        grads_B: n gradients of B's shape, overwritten; None is left out. Of a sharded B this process's rows.
         eps: Shrinkage ε in (0, 1]; 1 is RefLoRA-S. Default: `default_eps`, the smallest that is safe.
         dtype: Least dtype of the Gram matrices, float32 or float64. float64 (with ε = 1e-12) keeps Theorem 6, the
             invariance of the SGD step, for factors of condition number up to about 1e4.
@@ -240,16 +265,7 @@ def precondition_(
     A pair of B = 0 (LoRA's start) keeps its gradients, with `inverse_steps` up to a factor. Non-finite gradients stay
     non-finite, so a GradScaler's check is not weakened; S itself is always finite.
     """
-    for indices in _one_rank(As, Bs):
-        inverse_step = None
-        if inverse_steps is not None:
-            first = As[indices[0]]
-            inverse_step = torch.tensor(
-                [inverse_steps[i] for i in indices], dtype=compute_dtype(first, minimum=dtype), device=first.device
-            )
-        _, _, R = refactor_pairs(
-            [As[i] for i in indices], [Bs[i] for i in indices], eps=eps, dtype=dtype, inverse_step=inverse_step
-        )
+    for indices, R in refactorings(As, Bs, eps=eps, dtype=dtype, inverse_steps=inverse_steps):
         with ieee_arithmetic(R.S.device):
             _multiply_([grads_A[i] for i in indices], R.S_inv, left=True)
             _multiply_([grads_B[i] for i in indices], R.S, left=False)
@@ -269,7 +285,7 @@ def precondition_scalar_(
     Adam-type optimizers divide a gradient by its own running size, so they undo a constant s and see only its changes;
     with them use `rescale_` instead. With SGD this is the method of the paper.
     """
-    for grad_A, grad_B, s in zip(grads_A, grads_B, _scalars(As, Bs, inverse_steps), strict=True):
+    for grad_A, grad_B, s in zip(grads_A, grads_B, balance_scalars(As, Bs, inverse_steps), strict=True):
         for grad, factor in ((grad_A, s.reciprocal()), (grad_B, s)):
             if grad is not None:
                 grad.copy_(grad.to(factor.dtype) * factor)
@@ -299,7 +315,7 @@ def rescale_(
         moments_A, moments_B: For each factor its moments as (tensor, degree), overwritten.
         inverse_steps: As in `precondition_`.
     """
-    scalars = _scalars(As, Bs, inverse_steps)
+    scalars = balance_scalars(As, Bs, inverse_steps)
     for i, (A, B, s) in enumerate(zip(As, Bs, scalars, strict=True)):
         root = s.sqrt()
         A.copy_(A.to(root.dtype) * root)
@@ -310,13 +326,13 @@ def rescale_(
             moment.copy_(moment.to(root.dtype) * root**degree)
 
 
-def _scalars(As: Sequence[Tensor], Bs: Sequence[Tensor], inverse_steps: Sequence[float] | None) -> list[Tensor]:
+def balance_scalars(As: Sequence[Tensor], Bs: Sequence[Tensor], inverse_steps: Sequence[float] | None) -> list[Tensor]:
     """s of every pair, at least float32 and on its pair's device."""
     scalars: list[Tensor] = [None] * len(As)
     for indices in _grouped([A.device for A in As]):
         dtype = compute_dtype(*(M[i] for M in (As, Bs) for i in indices))
         norm_A, norm_B = (
-            torch.stack([torch.linalg.vector_norm(M[i], dtype=dtype) for i in indices]) for M in (As, Bs)
+            torch.stack([whole(torch.linalg.vector_norm(M[i], dtype=dtype)) for i in indices]) for M in (As, Bs)
         )
         steps = None if inverse_steps is None else norm_A.new_tensor([inverse_steps[i] for i in indices])
         for i, s in zip(indices, balance_scalar(norm_A, norm_B, inverse_step=steps).unbind(0), strict=True):

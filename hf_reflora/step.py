@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import refactor
+from .dtensors import part, put_, whole
 from .pairs import LoraPair, dense_gradient
 
 
@@ -93,12 +94,16 @@ class RefLora:
         pairs = [p for p in _held(pairs, optimizer) if p.A.grad is not None or p.B.grad is not None]
         if not pairs:
             return None
+        # Of FSDP2's shards, A and its gradient are gathered; B's rows stay where they are.
         As, Bs = _blocks(pairs)
-        grads_A, grads_B = [], []
+        grads_A, grads_B, gathered = [], [], []
         for pair in pairs:
             grad_A, grad_B = dense_gradient(pair.A), dense_gradient(pair.B)
-            grads_A += pair.split_A(grad_A) if grad_A is not None else [None] * pair.blocks
-            grads_B += pair.split_B(grad_B) if grad_B is not None else [None] * pair.blocks
+            whole_A = None if grad_A is None else whole(grad_A)
+            if whole_A is not grad_A:
+                gathered.append((grad_A, whole_A))
+            grads_A += pair.split_A(whole_A) if grad_A is not None else [None] * pair.blocks
+            grads_B += pair.split_B(part(grad_B)) if grad_B is not None else [None] * pair.blocks
         inverse_steps = self._inverse_steps(pairs, optimizer)
         if self.method == "reflora_s":
             refactor.precondition_scalar_(As, Bs, grads_A, grads_B, inverse_steps=inverse_steps)
@@ -106,7 +111,9 @@ class RefLora:
             refactor.precondition_(
                 As, Bs, grads_A, grads_B, eps=self.eps, dtype=DTYPES[self.dtype], inverse_steps=inverse_steps
             )
-        return torch.nn.utils.get_total_norm([g for p in pairs for g in (p.A.grad, p.B.grad) if g is not None])
+        for grad, value in gathered:
+            put_(grad, value)
+        return whole(torch.nn.utils.get_total_norm([g for p in pairs for g in (p.A.grad, p.B.grad) if g is not None]))
 
     def after_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
         """Rescales the factors and the optimizer's moments (RefLoRA-S as a true refactoring).
@@ -115,27 +122,53 @@ class RefLora:
             ValueError: Pairs share memory (PEFT's `ensure_weight_tying`), or the optimizer keeps unknown state.
         """
         pairs = _held(pairs, optimizer)
-        if len({factor.data_ptr() for pair in pairs for factor in (pair.A, pair.B)}) < 2 * len(pairs):
+        parts = [part(factor) for pair in pairs for factor in (pair.A, pair.B)]
+        pointers = [p.data_ptr() for p in parts if p.numel() > 0]
+        if len(set(pointers)) < len(pointers):
             raise ValueError(
                 "RefLoRA-S as rescaling would scale memory twice that LoRA pairs share (ensure_weight_tying). Use "
                 "form='precondition'."
             )
-        As, Bs = _blocks(pairs)
+        As, Bs = _blocks(pairs, gather=False)
         moments_A, moments_B = [], []
         for pair in pairs:
             moments_A += _moments(optimizer, pair.A, pair.split_A, pair.blocks)
             moments_B += _moments(optimizer, pair.B, pair.split_B, pair.blocks)
         refactor.rescale_(As, Bs, moments_A, moments_B, inverse_steps=self._inverse_steps(pairs, optimizer))
 
+    def scalars(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[Tensor]:
+        """s of Theorem 5 of every block."""
+        return refactor.balance_scalars(*_blocks(pairs), self._inverse_steps(pairs, optimizer))
+
+    def multipliers(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """For every pair what multiplies ∇A and ∇B of its blocks: S⁻¹ and S (r, r), or numbers for "reflora_s"."""
+        if self.method == "reflora_s":
+            found = [(s.reciprocal(), s) for s in self.scalars(pairs, optimizer)]
+        else:
+            As, Bs = _blocks(pairs)
+            found = [None] * len(As)
+            steps = self._inverse_steps(pairs, optimizer)
+            for indices, R in refactor.refactorings(
+                As, Bs, eps=self.eps, dtype=DTYPES[self.dtype], inverse_steps=steps
+            ):
+                for i, S_inv, S in zip(indices, R.S_inv, R.S, strict=True):
+                    found[i] = S_inv, S
+        blocks = iter(found)
+        per_pair = [[next(blocks) for _ in range(pair.blocks)] for pair in pairs]
+        return [([left for left, _ in both], [right for _, right in both]) for both in per_pair]
+
     def diagnose(self, pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
         """`hf_reflora.refactor.diagnose` of the pairs as they are now."""
-        return refactor.diagnose(*_blocks(pairs), eps=self.eps, dtype=DTYPES[self.dtype])
+        As, Bs = _blocks(pairs)
+        return refactor.diagnose(As, [whole(B) for B in Bs], eps=self.eps, dtype=DTYPES[self.dtype])
 
     def _inverse_steps(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[float] | None:
         """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A."""
         if self.smoothness is None:
             return None
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        if len(set(rates.values())) == 1:  # DeepSpeed's groups hold other parameters than the model's
+            rates |= {id(pair.A): next(iter(rates.values())) for pair in pairs}
         return [
             1 / (self.smoothness * pair.scaling**2 * max(rates[id(pair.A)], 1e-30))
             for pair in pairs
@@ -144,7 +177,12 @@ class RefLora:
 
 
 def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
-    """Raises a ValueError if the optimizer's step needs a closure, which would overwrite preconditioned gradients."""
+    """Raises a ValueError if gradients that are changed before the optimizer's step would not count."""
+    if hasattr(optimizer_cls, "fused_backward") or optimizer_cls.__name__ == "LayerWiseDummyOptimizer":
+        raise ValueError(
+            f"RefLoRA changes gradients before the step, but {optimizer_cls.__name__} takes its step inside the "
+            "backward pass (LOMO, AdaLOMO, layer-wise GaLore and APOLLO). Use optim=adamw_torch or another optimizer."
+        )
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
@@ -156,29 +194,45 @@ def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
 def _held(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:
     """The pairs that `optimizer` updates: another adapter's may be trainable, too."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [pair for pair in pairs if id(pair.A) in held and id(pair.B) in held]
+    found = [pair for pair in pairs if id(pair.A) in held and id(pair.B) in held]
+    if pairs and not found:
+        raise ValueError(
+            f"RefLoRA looked for the {len(pairs)} LoRA pairs of the model in the optimizer, but it holds other "
+            "parameters: it was made before the model was sharded, or DeepSpeed partitions them. Make the optimizer "
+            "after fully_shard; for DeepSpeed use RefLoraCallback in a Trainer."
+        )
+    return found
 
 
-def _blocks(pairs: Sequence[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
-    """A and B of every block of every pair."""
-    return [A for p in pairs for A in p.split_A(p.A)], [B for p in pairs for B in p.split_B(p.B)]
+def _blocks(pairs: Sequence[LoraPair], gather: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of every block of every pair; FSDP2's A whole (`gather`), its B in shards."""
+    As = [A for p in pairs for A in p.split_A(whole(p.A.detach()) if gather else p.A)]
+    return As, [B for p in pairs for B in p.split_B(p.B)]
 
 
 def _moments(optimizer: Optimizer, parameter: Tensor, split, blocks: int) -> list[list[tuple[Tensor, int]]]:
     """The moments (tensor, degree) that `optimizer` keeps for each block of `parameter`."""
     moments = [[] for _ in range(blocks)]
     for name, value in optimizer.state.get(parameter, {}).items():
-        if name == "momentum_buffer" and isinstance(optimizer, torch.optim.RMSprop):
-            continue  # made of normalized steps, which do not change with the factors' size
-        if name not in MOMENT_DEGREES:
-            if torch.is_tensor(value) and value.numel() > 1:
-                raise ValueError(
-                    f"RefLoRA-S as rescaling moves the optimizer's state along with the factors, but "
-                    f"{type(optimizer).__name__} keeps {name!r}, which it does not know (known: "
-                    f"{', '.join(MOMENT_DEGREES)}). Use AdamW or SGD, or form='precondition'."
-                )
-            continue
-        if value is not None:
-            for block, part in zip(moments, split(value), strict=True):
-                block.append((part, MOMENT_DEGREES[name]))
+        degree = moment_degree(optimizer, name, value)
+        if degree:
+            for block, piece in zip(moments, split(value), strict=True):
+                block.append((piece, degree))
     return moments
+
+
+def moment_degree(optimizer: Optimizer, name: str, value: Tensor | None) -> int:
+    """The degree in which gradients enter the state `name`; 0 for state that does not change with the factors' size.
+
+    Raises:
+        ValueError: for an unknown tensor.
+    """
+    if value is None or (name == "momentum_buffer" and isinstance(optimizer, torch.optim.RMSprop)):
+        return 0  # RMSprop's is made of normalized steps
+    if name not in MOMENT_DEGREES and torch.is_tensor(value) and value.numel() > 1:
+        raise ValueError(
+            f"RefLoRA-S as rescaling moves the optimizer's state along with the factors, but "
+            f"{type(optimizer).__name__} keeps {name!r}, which it does not know (known: "
+            f"{', '.join(MOMENT_DEGREES)}). Use AdamW or SGD, or form='precondition'."
+        )
+    return MOMENT_DEGREES.get(name, 0)

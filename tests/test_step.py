@@ -161,18 +161,25 @@ def test_dtype_float64_is_used_for_float32_factors():
 
 def test_imports_go_one_way():
     allowed = {
-        "refactor": set(),
+        "dtensors": set(),
+        "refactor": {"dtensors"},
         "backend": set(),
         "pairs": set(),
-        "step": {"refactor", "pairs"},
+        "sharded": {"dtensors"},
+        "step": {"dtensors", "refactor", "pairs"},
+        "zero": {"pairs", "refactor", "sharded", "step"},
         "optimizer": {"pairs", "step"},
-        "callbacks": {"backend", "optimizer", "pairs", "step"},
+        "callbacks": {"backend", "optimizer", "pairs", "sharded", "step", "zero"},
         "lora_sb.subspace": set(),
         "lora_sb.gradients": set(),
         "lora_sb.config": set(),
-        "lora_sb.layer": {"lora_sb.config", "lora_sb.subspace"},
+        "lora_sb.layer": {"lora_sb.config", "lora_sb.subspace", "sharded"},
         "lora_sb.model": {"lora_sb.config", "lora_sb.layer"},
-        "lora_sb.initialize": {f"lora_sb.{name}" for name in ("config", "gradients", "layer", "subspace")},
+        "lora_sb.initialize": {
+            "dtensors",
+            "sharded",
+            *(f"lora_sb.{n}" for n in ("config", "gradients", "layer", "subspace")),
+        },
         "lora_sb.callback": {"backend", *(f"lora_sb.{n}" for n in ("gradients", "initialize", "model", "subspace"))},
         "arguments": {"callbacks", "lora_sb"},
         "papers": set(),
@@ -184,7 +191,7 @@ def test_imports_go_one_way():
         "export": {"lora_sb", "lora_sb.subspace"},
         "card": {"papers", "ids"},
         "inspect": {"lora_sb", "refactor"},
-        "record": {"environment", "ids", "inspect", "lora_sb"},
+        "record": {"backend", "environment", "ids", "inspect", "lora_sb", "sharded"},
         "publish": {"hub", "card", "export", "ids", "inspect", "lora_sb", "plot", "record", "scan"},
         "publishing_trainer": {"hub", "card", "ids", "plot", "publish", "record"},
         "trainer": {"callbacks", "lora_sb", "papers", "publishing_trainer"},
@@ -211,6 +218,6 @@ def test_imports_go_one_way():
         assert found[name] <= targets, name
     graphlib.TopologicalSorter(found).prepare()  # raises CycleError
     assert not any("hf_reflora" in names for names in foreign.values())
-    for name in ("refactor", "lora_sb.subspace"):
+    for name in ("dtensors", "refactor", "lora_sb.subspace"):
         assert foreign[name] <= {"torch"} | sys.stdlib_module_names
     assert "peft" not in foreign["step"] | foreign["optimizer"]

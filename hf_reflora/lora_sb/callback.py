@@ -32,8 +32,9 @@ class LoraSbCallback(TrainerCallback):
     ordinary LoRA, which then starts full of rank and balanced, so that a `RefLoraCallback` works from the first step.
 
     A resumed run, and an adapter that is initialized (`init_weights` other than "lora_sb"), loaded or trained already,
-    are left alone; but R is made float32 again where TRL has cast it (quantized models). Not for DeepSpeed, FSDP or
-    Megatron-LM. Under DDP set `ddp_broadcast_buffers=False`: B and A are equal everywhere anyway.
+    are left alone; but R is made float32 again where TRL has cast it (quantized models). Not for FSDP1, Megatron-LM
+    and SageMaker's model parallelism. Under DDP set `ddp_broadcast_buffers=False`: B and A are equal everywhere
+    anyway.
 
     Args:
         num_samples: Samples in all processes together. Default: 0.1 % of the training data, at least 25.

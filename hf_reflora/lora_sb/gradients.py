@@ -30,10 +30,16 @@ class _AddGradient(torch.autograd.Function):
         return delta.new_zeros((), dtype=torch.float32), None, delta, None
 
 
+class GradientSums(dict[str, Tensor]):
+    """See `weight_gradients`."""
+
+    counting = True
+
+
 @contextmanager
 def weight_gradients(
     modules: dict[str, nn.Module], complete: Callable[[str, Tensor], None] | None = None
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[GradientSums]:
     """Within it, backward passes sum the gradients of the modules' weights W (out, in), which need no `requires_grad`.
 
     Args:
@@ -43,19 +49,22 @@ def weight_gradients(
 
     Yields:
         The sums by name, (out, in), in float32 (float64 for float64 outputs). A layer no gradient reaches is absent.
+        While its `counting` is False, backward passes add nothing.
     """
-    sums: dict[str, Tensor] = {}
+    sums = GradientSums()
     uses: dict[str, int] = dict.fromkeys(modules, 0)
     handles = []
 
     def add(name: str, delta: Tensor, x: Tensor) -> None:
+        uses[name] -= 1
+        if not sums.counting:
+            return
         dtype = torch.promote_types(delta.dtype, torch.float32)
         delta, x = delta.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
         if name not in sums:
             sums[name] = delta.T @ x
         else:
             sums[name].addmm_(delta.T, x)  # G = δᵀ x
-        uses[name] -= 1
 
     def watch(name: str, module: nn.Module) -> None:
         # A leaf that requires gradients: the graph begins at the first layer watched, whatever is frozen.

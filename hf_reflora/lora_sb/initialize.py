@@ -17,6 +17,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from ..dtensors import whole
+from ..sharded import gathered, is_sharded, reshard, write_
 from .config import LoraSbConfig
 from .gradients import frozen, random_states_kept, weight_gradients
 from .layer import LoraSbLayer
@@ -44,8 +46,8 @@ def initialize_lora_sb_weights(
 
     Gradients are those of full fine-tuning (of the model without adapters), also of frozen and quantized weights. They
     are taken without dropout, in evaluation mode; the checkpointing of `GradientCheckpointingLayer`s goes on. Random
-    states are left as they were. Memory: see `passes`. With several processes (DDP) each brings its own batches, the
-    gradients are summed before the sign, and the factors are the same to the bit on every process.
+    states are left as they were. Memory: see `passes`. With several processes (DDP, FSDP2, DeepSpeed) each brings its
+    own batches, the gradients are summed before the sign, and the factors are the same to the bit on every process.
 
     Args:
         model: A `PeftModel` with a `LoraSbConfig(init_weights="lora_sb")`, or a `LoraConfig` with
@@ -94,6 +96,10 @@ def initialize_lora_sb_weights(
     with random_states_kept():
         batches = list(dataloader)
     processes = dist.get_world_size() if dist.is_initialized() else 1
+    sharded = processes > 1 and is_sharded(model)
+    weights = [1] * len(batches)
+    if sharded:  # forward and backward passes are collective: every process makes as many
+        _fill_up(batches, weights)
     if not batches and processes == 1:
         raise ValueError("The dataloader has no batches.")
     one_backward = len(batches) == 1 and processes == 1 and passes is None
@@ -132,18 +138,27 @@ def initialize_lora_sb_weights(
                 waiting.remove(name)  # noqa: B023
                 store(name, *factors(name, G, labels))  # noqa: B023
 
+            error = None
             with weight_gradients(bases, complete if one_backward else None) as sums:
-                for batch in batches:
-                    loss, count = (forward_fn or mean_loss)(model, send_to_device(batch, device))
-                    labels += count
-                    if count > 0 and loss.requires_grad:
-                        (loss * count).backward()
-                    progress.update()
+                try:
+                    for batch, weight in zip(batches, weights, strict=True):
+                        loss, count = (forward_fn or mean_loss)(model, send_to_device(batch, device))
+                        labels += weight * count
+                        sums.counting = bool(weight * count > 0)
+                        if (sums.counting or sharded) and loss.requires_grad:
+                            (loss * count).backward()
+                        progress.update()
+                except Exception as raised:
+                    if processes == 1 or sharded:
+                        raise  # sharded: the others wait in this pass, and the launcher ends them
+                    error = raised
             if processes > 1:
+                _raise_together(error)
                 _share(bases, layers, adapter_name, sums, labels, factors, store)
             else:
                 for name in sorted(waiting, key=group.index):
                     store(name, *factors(name, sums.pop(name, None), labels))
+    reshard(model)
     for name, USV in results.items():
         _set_factors(layers[name], adapter_name, *USV, start_at_base)
 
@@ -205,12 +220,11 @@ def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, BaseTunerLa
 def is_initialized(model: PeftModel, adapter_name: str) -> bool:
     """Whether the adapter has been initialized, loaded or trained: B of a LoRA is 0 before."""
     layers = adapter_layers(model, adapter_name).values()
-    return any(
-        adapter_name in layer.initialized
-        if isinstance(layer, LoraSbLayer)
-        else bool(layer.lora_B[adapter_name].weight.any())
-        for layer in layers
-    )
+    ordinary = [layer.lora_B[adapter_name].weight for layer in layers if isinstance(layer, LoraLayer)]
+    with gathered(ordinary):
+        return any(bool(whole(B).any()) for B in ordinary) or any(
+            adapter_name in layer.initialized for layer in layers if isinstance(layer, LoraSbLayer)
+        )
 
 
 def _split(layers: dict[str, BaseTunerLayer], adapter_name: str, passes: int | None) -> list[list[str]]:
@@ -257,12 +271,9 @@ def _share(bases, layers, adapter_name, sums, labels, factors, store) -> None:
     error = None
     try:
         mine = {name: factors(name, mine.pop(name), labels) for name in list(mine)}
-    except (ValueError, RuntimeError) as raised:  # of the SVD, too: the others would wait for ever
-        error = str(raised)
-    errors: list[str | None] = [None] * processes
-    dist.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise ValueError(error)
+    except (ValueError, RuntimeError) as raised:  # of the SVD, too
+        error = raised
+    _raise_together(error)
     for name, owner in owners.items():
         layer, r = layers[name], layers[name].r[adapter_name]
         shapes = ((layer.out_features, r), (r,), (layer.in_features, r))
@@ -273,6 +284,30 @@ def _share(bases, layers, adapter_name, sums, labels, factors, store) -> None:
         store(name, *USV)
 
 
+def _fill_up(batches: list[Any], weights: list[int]) -> None:
+    """Adds batches of weight 0 until every process has as many: its own first one, or one of another process."""
+    counts: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(batches))
+    if max(counts) == 0:
+        raise ValueError("The dataloader has no batches on any process.")
+    lent = [batches[0] if batches else None]
+    dist.broadcast_object_list(lent, src=counts.index(max(counts)))
+    missing = max(counts) - len(batches)
+    batches += [batches[0] if batches else lent[0]] * missing
+    weights += [0] * missing
+
+
+def _raise_together(error: Exception | None) -> None:
+    """Raises what went wrong on this process or on another one, which would otherwise wait for ever."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise ValueError(f"On process {rank}: {message}")
+
+
 @torch.no_grad()
 def _set_factors(layer: BaseTunerLayer, adapter_name: str, U: Tensor, S: Tensor, V: Tensor, at_base: bool) -> None:
     s = layer.scaling[adapter_name]
@@ -281,5 +316,5 @@ def _set_factors(layer: BaseTunerLayer, adapter_name: str, U: Tensor, S: Tensor,
         layer.set_factors(adapter_name, B, torch.zeros_like(R) if at_base else R, A)
     else:
         B, A = balanced_factors(U, S, V, s)
-        layer.lora_B[adapter_name].weight.copy_(torch.zeros_like(B) if at_base else B)
-        layer.lora_A[adapter_name].weight.copy_(A)
+        write_(layer.lora_B[adapter_name].weight, torch.zeros_like(B) if at_base else B)
+        write_(layer.lora_A[adapter_name].weight, A)

@@ -11,6 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..sharded import write_
 from .config import LoraSbConfig
 from .subspace import truncated_svd
 
@@ -86,9 +87,9 @@ class LoraSbLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, B: Tensor, R: Tensor, A: Tensor) -> None:
-        """Copies B (out, r), R (r, r) and A (r, in) into the adapter, in place, so optimizers and DDP see them."""
+        """Copies B (out, r), R (r, r) and A (r, in) into the adapter, in place: optimizers and backends see them."""
         self.lorasb_B[adapter_name].copy_(B)
-        self.lorasb_R[adapter_name].copy_(R)
+        write_(self.lorasb_R[adapter_name], R)
         self.lorasb_A[adapter_name].copy_(A)
         self.initialized.add(adapter_name)
 

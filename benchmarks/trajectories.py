@@ -1,0 +1,232 @@
+"""One trajectory on every backend: the same rows, steps and methods, compared with one process.
+
+    python benchmarks/trajectories.py [--record FILE]
+
+A tiny Llama learns 24 random rows, 4 a step, for 6 steps: in one process that accumulates 4 micro-batches, and in two
+processes that accumulate 2 with each backend, over gloo on the CPU. Prints, for every backend and method, by how much
+the losses and the adapter's numbers differ from the one process, and whether both processes have the same numbers.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
+
+from hf_reflora import LoraSbCallback, LoraSbConfig, RefLoraCallback
+from hf_reflora.environment import environment, write_json
+from hf_reflora.sharded import adapter_tensors
+
+
+STEPS, ROWS, RANK = 6, 24, 5  # a rank that two processes cannot share evenly
+# lora_sb starts from the gradient itself: rounding may turn the sign of an entry near 0.
+METHODS = {
+    "LoRA": (LoraConfig, []),
+    "RefLoRA": (LoraConfig, [lambda: RefLoraCallback()]),
+    "RefLoRA-S, rescale": (LoraConfig, [lambda: RefLoraCallback("reflora_s")]),
+    "RefLoRA-S, precondition": (LoraConfig, [lambda: RefLoraCallback("reflora_s", form="precondition")]),
+    "LoRA-SB": (LoraSbConfig, [lambda: LoraSbCallback(num_samples=7, update="gradient", eta=1.0)]),
+    "RefLoRA from LoRA-SB": (
+        LoraConfig,
+        [lambda: LoraSbCallback(num_samples=7, update="gradient", eta=1.0), lambda: RefLoraCallback()],
+    ),
+}
+ONE = "1 process"
+TWO = ("DDP", "FSDP2", "FSDP2 at load", *(f"DeepSpeed ZeRO-{stage}" for stage in range(4)))
+
+
+def rows() -> Dataset:
+    tokens = torch.randint(0, 256, (ROWS, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 45, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+def arguments(backend: str, folder: str) -> TrainingArguments:
+    settings = {}
+    if backend == "FSDP2":
+        settings = {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        }
+    elif backend.startswith("DeepSpeed"):
+        stage = int(backend[-1])
+        keep = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        settings["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_optimization": {"stage": stage, **(keep if stage == 3 else {})},
+        }
+    args = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4 if backend == ONE else 2,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        max_grad_norm=0,  # DeepSpeed clips after the preconditioning, the others before it
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_only_model=backend == "FSDP2 at load",  # transformers asks for it
+        report_to="none",
+        disable_tqdm=True,
+        ddp_broadcast_buffers=False,
+        seed=0,
+        **settings,
+    )
+    if backend == "FSDP2":
+        # accelerate shards on accelerators only, by this name. Everything after it is its own: prepare, fully_shard.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
+
+
+def run(backend: str, method: str, folder: str) -> dict:
+    """Losses and adapter of one training, as this process has them."""
+    # Another backend in the same process; the process group stays.
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    config_cls, callbacks = METHODS[method]
+    args = arguments(backend, folder)
+    model = base_model()
+    if backend == "FSDP2 at load":
+        saved = Path(folder) / "base"
+        model = AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=2))
+    torch.manual_seed(1)
+    model = get_peft_model(model, config_cls(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if method in ("LoRA", "RefLoRA", "RefLoRA-S, rescale", "RefLoRA-S, precondition"):
+        spread(model)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows(),
+        data_collator=default_data_collator,
+        callbacks=[make() for make in callbacks],
+    )
+    trainer.train()
+    kind = {"FSDP2": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    assert kind.get(backend.split(" ZeRO")[0], True), f"{backend} was not chosen"
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "adapter": adapter_tensors(trainer.model),
+        "processes": args.world_size,
+    }
+
+
+@torch.no_grad()
+def spread(model: torch.nn.Module) -> None:
+    """B in the middle of training: columns of unlike sizes, far from balance."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            sizes = torch.linspace(0.02, 0.1, RANK)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * sizes)
+
+
+def worker(folder: str, backends: list[str], methods: list[str]) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    for backend in backends:
+        for method in methods:
+            found = run(backend, method, folder)
+            torch.save(found, Path(folder) / f"{backend}-{method}-{rank}.pt")
+            if rank == 0:
+                print(f"{backend}, {method}: last loss {found['losses'][-1]:.4f}", file=sys.stderr, flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def measure(backends: list[str], methods: list[str]) -> list[dict]:
+    """Runs everything; one entry a backend and method."""
+    with tempfile.TemporaryDirectory() as folder:
+        base_model().save_pretrained(Path(folder) / "base")
+        for processes, names in ((1, [ONE]), (2, backends)):
+            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+            launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+            command = [sys.executable, *(launcher if processes == 2 else []), __file__, "--worker", folder]
+            command += ["--backends", *names, "--methods", *methods]
+            environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+            environ.setdefault("HF_HUB_OFFLINE", "1")
+            path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+            environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+            subprocess.run(command, env=environ, check=True)
+        return [compared(Path(folder), backend, method) for backend in backends for method in methods]
+
+
+def compared(folder: Path, backend: str, method: str) -> dict:
+    one = torch.load(folder / f"{ONE}-{method}-0.pt")
+    first, second = (torch.load(folder / f"{backend}-{method}-{rank}.pt") for rank in range(2))
+    assert (one["processes"], first["processes"], second["processes"]) == (1, 2, 2)
+    assert one["adapter"].keys() == first["adapter"].keys()
+    moved = [(first["adapter"][name] - tensor).abs().max().item() for name, tensor in one["adapter"].items()]
+    return {
+        "backend": backend,
+        "method": method,
+        "losses": first["losses"],
+        "loss_difference": max(abs(a - b) for a, b in zip(one["losses"], first["losses"], strict=True)),
+        "adapter_difference": max(moved),
+        "equal_on_both": all(
+            torch.equal(tensor, second["adapter"][name]) for name, tensor in first["adapter"].items()
+        ),
+    }
+
+
+def table(found: list[dict]) -> str:
+    methods = list(dict.fromkeys(entry["method"] for entry in found))
+    by_place = {(entry["backend"], entry["method"]): entry for entry in found}
+    lines = [f"| 2 processes × 2 | {' | '.join(methods)} | same on both |", f"| --- |{' ---: |' * len(methods)} --- |"]
+    for backend in dict.fromkeys(entry["backend"] for entry in found):
+        entries = [by_place[backend, method] for method in methods]
+        cells = [f"{entry['loss_difference']:.0e}, {entry['adapter_difference']:.0e}" for entry in entries]
+        same = "yes" if all(entry["equal_on_both"] for entry in entries) else "no"
+        lines.append(f"| {backend} | {' | '.join(cells)} | {same} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    backends = [name for name in TWO if is_deepspeed_available() or not name.startswith("DeepSpeed")]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", type=Path, help="file to write the figures into")
+    parser.add_argument("--backends", nargs="+", choices=[ONE, *TWO], default=backends, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.backends, options.methods)
+        return
+    found = measure(options.backends, options.methods)
+    print("Largest difference from one process × 4: of the losses, of the adapter's numbers\n")
+    print(table(found))
+    if options.record:
+        write_json(options.record, {"environment": environment(), "results": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Parameters that a framework keeps in parts, read whole and written: FSDP2's DTensors and DeepSpeed's partitions.
+
+All functions are collective: every process calls them, with the same parameters in the same order.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .dtensors import put_, whole
+
+
+def partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 keeps the parameter in parts: outside of `gathered` its shape is (0,)."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Within it ZeRO-3's parameters are whole. With `write`, what the main process has written is kept by all."""
+    parts = [parameter for parameter in parameters if partitioned(parameter)]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if write else None):
+        yield
+
+
+@torch.no_grad()
+def write_(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copies `value`, whole and the same everywhere, into a parameter and the float32 copy that DeepSpeed steps on."""
+    with gathered([parameter], write=True):
+        put_(parameter, value)
+    if partitioned(parameter):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, parameter.ds_tensor.float())
+    elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.float())
+
+
+def reshard(model: nn.Module) -> None:
+    """Returns FSDP2's modules to their shards: writes to parameters that a forward pass left whole are lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2, tensor parallelism or ZeRO-3 keeps a parameter of `model` in parts."""
+    return any(isinstance(parameter, DTensor) or partitioned(parameter) for parameter in model.parameters())
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The active adapter's tensors, whole, by PEFT's names."""
+    with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
+        tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+        return {name: whole(tensor).detach().clone() for name, tensor in tensors.items()}
