@@ -10,6 +10,8 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_reflora.sharded import is_sharded
+
 
 def reference(row: dict[str, Any]) -> str:
     """The completion of a row in TRL's prompt/completion format, conversational or plain."""
@@ -29,14 +31,18 @@ def answers(
 ) -> list[str]:
     """Greedy answers to the prompts of `rows`, in their order; the rows are shared out over the processes."""
     state = PartialState()
+    sharded = is_sharded(model) and state.num_processes > 1
     with state.split_between_processes(list(range(len(rows)))) as indices:
         mine = {i: _prompt_ids(tokenizer, rows[i]["prompt"]) for i in indices}
     batches = _batches(sorted(mine, key=lambda i: len(mine[i])), batch_size)
+    if sharded:  # a process alone cannot compute: all answer as many batches, some of them again
+        mine.setdefault(0, _prompt_ids(tokenizer, rows[0]["prompt"]))
+        batches += [[0]] * (max(gather_object([len(batches)])) - len(batches))
     was_training = model.training
     model.eval()
     # After the prompt the head gets a strided slice: on a CPU its bf16 product takes 100 times as long, and 1 GB.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    found = []
+    found = {}
     try:
         for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
@@ -45,13 +51,15 @@ def answers(
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=sharded,
             )
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            found += zip(batch, texts, strict=True)
+            found.update(zip(batch, texts, strict=True))
     finally:
         hook.remove()
         model.train(was_training)
-    return [text for _, text in sorted(gather_object(found))]
+    everywhere = dict(gather_object(list(found.items())))
+    return [everywhere[i] for i in range(len(rows))]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
