@@ -107,7 +107,7 @@ class LoraSbCallback(TrainerCallback):
         with random_states_kept():  # samples may be drawn at random
             initialize_lora_sb_weights(
                 model,
-                self._batches(args, train_dataloader),
+                self._batches(args, state.train_batch_size, train_dataloader),
                 eta=first_learning_rate(optimizer, lr_scheduler) if self.eta is None else self.eta,
                 update=update_of(optimizer) if self.update is None else self.update,
                 forward_fn=self.forward_fn,
@@ -117,7 +117,7 @@ class LoraSbCallback(TrainerCallback):
                 show_progress_bar=not args.disable_tqdm,
             )
 
-    def _batches(self, args, train_dataloader) -> DataLoader:
+    def _batches(self, args, batch_size: int, train_dataloader) -> DataLoader:
         """This process's share of the samples: drawn with `args.seed`, collated as in training."""
         dataset = train_dataloader.dataset
         if isinstance(dataset, IterableDataset):
@@ -132,9 +132,7 @@ class LoraSbCallback(TrainerCallback):
             generator = torch.Generator().manual_seed(args.seed)
             chosen = torch.randperm(len(dataset), generator=generator)[:wanted].tolist()
         share = chosen[args.process_index :: args.world_size]
-        return DataLoader(
-            Subset(dataset, share), batch_size=args.train_batch_size, collate_fn=train_dataloader.collate_fn
-        )
+        return DataLoader(Subset(dataset, share), batch_size=batch_size, collate_fn=train_dataloader.collate_fn)
 
 
 def first_learning_rate(optimizer: Optimizer, lr_scheduler: Any) -> float:
