@@ -243,7 +243,7 @@ def main(
     if recipe.method in ("reflora", "reflora_s"):
         trainer_cls, settings = RefLoraSFTTrainer, settings | {"reflora": reflora_args.callback(recipe.method)}
     elif recipe.method in NATIVE:
-        trainer_cls, settings = LoraSbSFTTrainer, {"lora_sb": lora_sb}
+        trainer_cls, settings = LoraSbSFTTrainer, settings | {"lora_sb": lora_sb}
     trainer = trainer_cls(
         model=path,
         args=training_args,
