@@ -230,6 +230,18 @@ def test_initialization_is_of_the_dequantized_models_gradient(tmp_path, base, bi
         assert {f.dtype for f in factors(layer)} == {torch.float32 if method == "lora_sb" else torch.bfloat16}
 
 
+@pytest.mark.parametrize("method", ["reflora", "lora_sb"])
+def test_double_quantization_bf16_and_a_paged_8_bit_adam(tmp_path, monkeypatch, base, method):
+    """The settings of the QLoRA paper, with an optimizer of bitsandbytes."""
+    settings = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    monkeypatch.setitem(BITS, 4, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings))
+    changes = {"per_device_train_batch_size": 16, "lr_scheduler_type": "constant", "activation_checkpointing": True}
+    trainer = make_trainer(tmp_path, base, 4, method, optim="paged_adamw_8bit", bf16=True, max_steps=8, **changes)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__module__.startswith("bitsandbytes")
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.005
+
+
 # The trainers and the recipe
 
 
