@@ -157,37 +157,51 @@ def test_fallback_is_logged_at_the_start(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tags_card_and_stock_peft(tmp_path, kind):
-    """The card names the method; the adapter of a checkpoint needs PEFT only, in a process of its own."""
-    tiny.llama().save_pretrained(tmp_path / "base")
-    trainer = make_trainer(tmp_path / "run", kind, save_strategy="steps", save_steps=2)
-    trainer.train()
+def test_tags_and_card(trained, kind):
+    folder, trainer = trained[kind]
     assert "reflora" in trainer.model.model_tags
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    trainer.save_model()
-    card = ModelCard.load(tmp_path / "run" / "README.md")
+    card = ModelCard.load(folder / "README.md")
     assert {"lora", "reflora", *trainer._tag_names} <= set(card.data.tags)
     assert ("trl" in card.data.tags) == (kind == "SFTTrainer")
     assert "https://huggingface.co/papers/2505.18877" in card.text
     assert "zhang2025reflora" in card.text
 
-    ids = torch.arange(4, 20)[None]
-    with torch.no_grad():
-        torch.save(trainer.model.eval()(ids).logits, tmp_path / "logits.pt")
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, tuple]:
+    """Folder and trainer of a run of every kind, saved."""
+    runs = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        trainer = make_trainer(folder, kind, save_strategy="steps", save_steps=2)
+        trainer.train()
+        trainer.save_model()
+        runs[kind] = folder, trainer
+    return runs
+
+
+def test_stock_peft(tmp_path, trained):
+    """The adapter of a checkpoint needs PEFT only, in a process of its own."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    ids, runs = torch.arange(4, 20)[None], {}
+    for folder, trainer in trained.values():
+        with torch.no_grad():
+            runs[str(folder / "checkpoint-4")] = trainer.model.eval()(ids).logits
+    assert len(runs) == 2
+    torch.save(runs, tmp_path / "logits.pt")
     code = f"""
 import sys, torch
 torch.set_num_threads(1)
 from peft import PeftModel
 from transformers import LlamaForCausalLM
-model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained({str(tmp_path / "base")!r}), {str(checkpoint)!r})
-with torch.no_grad():
-    logits = model(torch.arange(4, 20)[None]).logits
-    plain = model.get_base_model().eval()
-    with model.disable_adapter():
-        base = model(torch.arange(4, 20)[None]).logits
-expected = torch.load({str(tmp_path / "logits.pt")!r})
-assert (logits - expected).abs().max() <= 1e-6, (logits - expected).abs().max()
-assert (base - expected).abs().max() > 1e-4
+for checkpoint, expected in torch.load({str(tmp_path / "logits.pt")!r}).items():
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained({str(tmp_path / "base")!r}), checkpoint)
+    with torch.no_grad():
+        logits = model(torch.arange(4, 20)[None]).logits
+        with model.disable_adapter():
+            base = model(torch.arange(4, 20)[None]).logits
+    assert (logits - expected).abs().max() <= 1e-6, (logits - expected).abs().max()
+    assert (base - expected).abs().max() > 1e-4
 assert "hf_reflora" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
