@@ -2,6 +2,7 @@
 
 from .arguments import LoraSbArguments, RefLoraArguments
 from .callbacks import RefLoraCallback
+from .checkpoints import WholeCheckpointsMixin, last_checkpoint
 from .export import export_lora
 from .hub import PushError
 from .lora_sb import LoraSbCallback, LoraSbConfig, LoraSbModel, initialize_lora_sb_weights
@@ -29,8 +30,10 @@ __all__ = [
     "RefLoraSFTTrainer",
     "RefLoraTrainer",
     "RunRecordCallback",
+    "WholeCheckpointsMixin",
     "create_reflora_optimizer",
     "export_lora",
     "initialize_lora_sb_weights",
+    "last_checkpoint",
     "push_adapter",
 ]

@@ -97,10 +97,14 @@ def peak_memory_gb() -> dict[str, float]:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes `record` to `path` whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
         try:
-            json.dump(record, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)

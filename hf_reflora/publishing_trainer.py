@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from . import hub
 from .card import check_license, is_edited, render
+from .environment import write_text
 from .ids import hub_id
 from .plot import plot
 from .publish import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
@@ -71,6 +72,10 @@ class PublishingMixin:
             self.push_to_hub(commit_message="Training finished")
         return output
 
+    def _save_checkpoint(self, model, trial) -> None:
+        self.run_record.on_save(self.args, self.state, self.control)  # before trainer_state.json ends the checkpoint
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=True)
         if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
@@ -120,7 +125,7 @@ class PublishingMixin:
             logger.warning(f"{path} was edited by hand and is kept. Remove it to get a new one.")
             return
         text = render(record, repo_id=self.hub_model_id, plot=PLOT_NAME if drawn else None)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Checks token, name and permission, and makes the repository if there is none; see `hub.prepare`.

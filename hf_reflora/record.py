@@ -85,6 +85,7 @@ class RunRecordCallback(TrainerCallback):
         self.resumed_from: str | os.PathLike | None = None
         self.record: dict[str, Any] = {"schema": SCHEMA, "scores": {"before": {}, "after": {}}}
         self._model, self._state, self._begin = None, None, None
+        self._saved: int | None = None  # the step of the last checkpoint
 
     def update(self, **entries: Any) -> None:
         """Adds entries; dictionaries are merged. For results that the trainer does not compute itself."""
@@ -137,7 +138,7 @@ class RunRecordCallback(TrainerCallback):
             )
         if self._model is None:  # added to a trainer that existed
             self.on_init_end(args, state, control, model=model)
-        self._state = state
+        self._state, self._saved = state, None
         self.record.setdefault("tags", list(getattr(model, "model_tags", None) or []))
         known = dataset_facts(getattr(train_dataloader, "dataset", None))
         self.record = {**known, **self.record}
@@ -178,9 +179,11 @@ class RunRecordCallback(TrainerCallback):
         self.record["diagnostics"] = diagnostics(self._model.active_peft_config, adapter_tensors(self._model))
 
     def on_save(self, args, state, control, **kwargs):
-        if is_sharded(self._model):
-            self._diagnose()
-        self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self._saved != state.global_step:  # the trainers of hf_reflora call it themselves, earlier
+            if is_sharded(self._model):
+                self._diagnose()
+            self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._saved = state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
         self._refresh()

@@ -5,6 +5,7 @@ from trl import SFTTrainer
 
 from . import papers
 from .callbacks import RefLoraCallback
+from .checkpoints import WholeCheckpointsMixin
 from .lora_sb import LoraSbCallback
 from .publishing_trainer import PublishingMixin
 
@@ -14,7 +15,7 @@ def _start(callbacks: list) -> dict[str, str]:
     return {"init": "lora_sb"} if any(isinstance(c, LoraSbCallback) or c is LoraSbCallback for c in callbacks) else {}
 
 
-class _RefLoraMixin(PublishingMixin):
+class _RefLoraMixin(WholeCheckpointsMixin, PublishingMixin):
     """Adds `RefLoraCallback` to a Trainer and its metrics to the training log."""
 
     def __init__(self, *args, reflora: RefLoraCallback | None = None, callbacks: list | None = None, **kwargs):
@@ -78,7 +79,7 @@ class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
     _paper = papers.REFLORA
 
 
-class LoraSbSFTTrainer(PublishingMixin, SFTTrainer):
+class LoraSbSFTTrainer(WholeCheckpointsMixin, PublishingMixin, SFTTrainer):
     """TRL's `SFTTrainer` with LoRA-SB (https://huggingface.co/papers/2411.19557).
 
     Takes the arguments of `trl.SFTTrainer` and `lora_sb`, the callback with the initialization's settings (default

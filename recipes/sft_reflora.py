@@ -41,6 +41,7 @@ from hf_reflora import (
     RefLoraArguments,
     RefLoraSFTTrainer,
     RunRecordCallback,
+    WholeCheckpointsMixin,
 )
 from hf_reflora.card import NATIVE
 from hf_reflora.environment import environment, peak_memory_gb, usable_cores
@@ -55,7 +56,7 @@ INITS = ("default", "lora_sb")
 EXAMPLES = 5
 
 
-class LoraSFTTrainer(PublishingMixin, SFTTrainer):
+class LoraSFTTrainer(WholeCheckpointsMixin, PublishingMixin, SFTTrainer):
     """Plain LoRA, to compare with."""
 
     _tag_names = ["trl", "sft"]
@@ -295,12 +296,13 @@ def main(
                 "reference": references[i],
             }
         )
+    earlier = sum(run.get("seconds", 0) for run in trainer.run_record.record["runs"][:-1])  # of a resumed run
     trainer.run_record.update(
         scores={"after": after}
         | ({"rows": len(test_rows), "split": script_args.dataset_test_split} if test_rows is not None else {}),
         examples=examples,
         seconds={name: round(value, 1) for name, value in seconds.items()}
-        | {"total": round(time.monotonic() - start, 1)},
+        | {"total": round(earlier + time.monotonic() - start, 1)},
         peak_memory_gb=peak_memory_gb(),
     )
     trainer.save_model(_internal_call=True)  # without a push, which comes below with everything

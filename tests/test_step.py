@@ -183,6 +183,7 @@ def test_imports_go_one_way():
         "lora_sb.callback": {"backend", *(f"lora_sb.{n}" for n in ("gradients", "initialize", "model", "subspace"))},
         "arguments": {"callbacks", "lora_sb"},
         "papers": set(),
+        "checkpoints": set(),
         "environment": set(),
         "ids": set(),
         "scan": set(),
@@ -193,8 +194,8 @@ def test_imports_go_one_way():
         "inspect": {"lora_sb", "refactor"},
         "record": {"backend", "environment", "ids", "inspect", "lora_sb", "sharded"},
         "publish": {"hub", "card", "export", "ids", "inspect", "lora_sb", "plot", "record", "scan"},
-        "publishing_trainer": {"hub", "card", "ids", "plot", "publish", "record"},
-        "trainer": {"callbacks", "lora_sb", "papers", "publishing_trainer"},
+        "publishing_trainer": {"hub", "card", "environment", "ids", "plot", "publish", "record"},
+        "trainer": {"callbacks", "checkpoints", "lora_sb", "papers", "publishing_trainer"},
         "space": {"hub", "card", "ids", "scan"},
         "cli": {"card", "export", "inspect", "plot", "publish", "space"},
     }
