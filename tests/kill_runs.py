@@ -106,8 +106,8 @@ class Run:
 def arm(trainer: Trainer | None, when: str, file: str) -> None:
     """Makes this process kill itself at the moment `when` of `file`.
 
-    - "before", "half": before the file is written, or when half of it is, of checkpoint-4 or as
-      the path says; "remove": before it is removed from there;
+    - "before", "half": before the file is written, or when half of it is, in checkpoint-4 or where its path says;
+    - "remove": before it is removed from there;
     - "delete": when checkpoint-2 is deleted and of all its files only this one is gone;
     - "collate": when the batch of this number is put together.
     """

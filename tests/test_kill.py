@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 KILLED = -9
 # Every file that a resumed run reads, and the record.
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-EARLY = ("run_record.json", *FILES[:2], FILES[-1])
+EARLY = ("run_record.json", "trainer_state.json")
 MOMENTS = [*(("half", file) for file in FILES), *(("before", file) for file in EARLY)]
 
 
@@ -90,7 +90,9 @@ def killed_at_random(run: Run, seconds: float, victims: list[slice], seed: int) 
         processes = run.start()
         while run.taken() < taken and all(process.is_alive() for process in processes):
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 2 * seconds / STEPS))
+        until = time.monotonic() + draw.uniform(0, 2 * seconds / STEPS)
+        while time.monotonic() < until and run.taken() < taken + 2:
+            time.sleep(0.001)
         for process in processes[victim]:
             process.kill()
         codes = run.end(processes)
@@ -110,7 +112,7 @@ def test_killed_at_random_moments(tmp_path, unbroken, method):
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**9)))
     print(f"KILL_SEED={seed}")  # shown where the test fails
     run = Run(tmp_path, method, arguments={"save_total_limit": 2})
-    assert killed_at_random(run, seconds, [slice(None)] * 5, seed) > 0
+    assert killed_at_random(run, seconds, [slice(None)] * 4, seed) > 0
     assert_ends_as(run, whole)
 
 
@@ -228,6 +230,10 @@ def test_the_recipe_killed_and_resumed(tmp_path):
     run = Run(tmp_path / "out", recipe=tmp_path / "model", die=("before", "optimizer.pt"))
     assert run.end() == [KILLED], run.log()
     assert steps(run.out) == {2: True, 4: False}
+    path = run.out / "checkpoint-2" / "run_record.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["runs"][0]["seconds"] += 1000
+    path.write_text(json.dumps(record), encoding="utf-8")
     again = replace(run, die=None)
     assert again.end() == [0], again.log()
     record = json.loads((run.out / "run_record.json").read_text(encoding="utf-8"))
@@ -235,7 +241,7 @@ def test_the_recipe_killed_and_resumed(tmp_path):
     assert (first["from_step"], first["to_step"]) == (0, 2)
     assert (second["from_step"], second["to_step"]) == (2, 6)
     assert [entry["step"] for entry in record["log"] if "loss" in entry] == list(range(1, 7))
-    assert record["seconds"]["total"] >= record["seconds"]["train"] >= second["seconds"]
+    assert record["seconds"]["total"] >= record["seconds"]["train"] >= 1000
     assert record["scores"]["rows"] == 3
     assert record["scores"]["after"]["loss"] < record["scores"]["before"]["loss"]
     assert len(record["examples"]) == 3
@@ -308,7 +314,7 @@ def test_a_path_that_is_not_whole_is_refused(tmp_path):
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("resume", [True, "true", "True", False, "false", None])
+@pytest.mark.parametrize("resume", [True, "True", "false", None])
 def test_what_resumes(tmp_path, resume):
     """On the command line it is a string."""
     trainer_in(tmp_path).train()
