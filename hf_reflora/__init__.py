@@ -11,7 +11,7 @@ from .publish import push_adapter
 from .publishing_trainer import PublishingMixin
 from .record import RunRecordCallback
 from .step import RefLora
-from .trainer import LoraSbSFTTrainer, RefLoraSFTTrainer, RefLoraTrainer
+from .trainer import LoraSbSFTTrainer, RefLoraDPOTrainer, RefLoraSFTTrainer, RefLoraTrainer
 
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "RefLora",
     "RefLoraArguments",
     "RefLoraCallback",
+    "RefLoraDPOTrainer",
     "RefLoraSFTTrainer",
     "RefLoraTrainer",
     "RunRecordCallback",

@@ -91,6 +91,12 @@ FRONT_MATTER = {
 }
 # Methods whose adapters are LoraSbConfig's, which only hf_reflora loads before an export.
 NATIVE = ("lora_sb", "lora_xs")
+# PEFT's task type: (the Hub's pipeline tag, transformers' class of the base model)
+TEXT_GENERATION = ("text-generation", "AutoModelForCausalLM")
+TASKS = {
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "SEQ_2_SEQ_LM": ("text-generation", "AutoModelForSeq2SeqLM"),
+}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 SB_START = (
     " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "
@@ -135,6 +141,7 @@ def render(
     if sb_start:
         cited, method_tags = [*cited, papers.LORA_SB], [*method_tags, "lora-sb"]
     native = record["method"] in NATIVE and not exported
+    pipeline_tag, auto_class = TASKS.get((record.get("peft") or {}).get("task_type"), TEXT_GENERATION)
     if exported:
         method_tags = ["lora", *method_tags]
         text += " Here s B R is folded into lora_B: these files are an ordinary LoRA with the same outputs."
@@ -147,13 +154,13 @@ def render(
     card_data = ModelCardData(
         base_model=base_model,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_tag,
         license=license,
         language=list(language) if isinstance(language, list | tuple) else language,
         datasets=[dataset_id] if dataset_id else None,
         tags=_tags(base_model, [*method_tags, *record.get("tags", TRL_TAGS), "transformers", *tags]),
         model_name=title if scores else None,
-        eval_results=_eval_results(record, scores, dataset_id) if scores else None,
+        eval_results=_eval_results(record, scores, dataset_id, pipeline_tag) if scores else None,
         **({"base_model_relation": "adapter"} if base_model else {}),
     )
     template = _environment().get_template("card.md.jinja")
@@ -173,6 +180,9 @@ def render(
         plot=plot,
         native=native,
         native_folder=native_folder,
+        auto_class=auto_class,
+        labels=record.get("labels"),
+        texts=len(record.get("arguments", {}).get("text_columns", [""])),
         repo_id=repo_id,
         vllm_rank=_vllm_rank(record),
         messages=_messages(record),
@@ -294,11 +304,13 @@ def _tags(base_model: str | None, tags: list[str]) -> list[str]:
     return list(dict.fromkeys(_line(tag) for tag in tags))
 
 
-def _eval_results(record: dict[str, Any], scores: list[dict[str, Any]], dataset_id: str | None) -> list[EvalResult]:
+def _eval_results(
+    record: dict[str, Any], scores: list[dict[str, Any]], dataset_id: str | None, task: str
+) -> list[EvalResult]:
     dataset = dataset_id or _line(_short(record.get("dataset") or "evaluation rows"))
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type=dataset,
             dataset_name=_short(dataset),
             metric_type=score["name"],
@@ -369,6 +381,11 @@ def _limits(record: dict[str, Any], rows: int) -> list[str]:
             f"The scores are of {rows} rows; nothing else was measured. They are one run"
             + (f" (seed {record['seed']})" if "seed" in record else "")
             + ", and another seed would give others."
+        )
+    if record.get("labels"):
+        limits.append(
+            "The classifier on top of the base model was trained along with the adapter; before training it was the "
+            "base model's own, or random if that has none."
         )
     return limits
 

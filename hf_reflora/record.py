@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 from accelerate.state import PartialState
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from transformers import TrainerCallback
 
 from .backend import backend_name
@@ -38,6 +38,7 @@ KEPT = ("scores", "examples", "card", "runs", "seconds", "peak_memory_gb")
 NO_SCORES = (
     *("runtime", "preparation_time", "samples_per_second", "steps_per_second"),
     *("step", "epoch", "num_tokens", "entropy"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
 )
 
 
@@ -54,6 +55,7 @@ class RunRecordCallback(TrainerCallback):
     | --- | --- |
     | `method`, `init`, `peft` | how the adapter was trained and started; settings of the PEFT config |
     | `model`, `base_model`, `base_revision` | as it was named; its id and commit on the Hub, or null |
+    | `labels` | of a classifier: the names of its classes |
     | `dataset`, `dataset_…` (`id`, `revision`, `config`, `split`, `fingerprint`), `train_rows` | the training data |
     | `arguments`, `seed`, `data_seed` | arguments that are not defaults |
     | `scores` | `rows`, `before` and `after` training: the evaluations by the trainer, and what `update` adds |
@@ -126,6 +128,8 @@ class RunRecordCallback(TrainerCallback):
             trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
             environment=environment(),
         )
+        if config.task_type == TaskType.SEQ_CLS:
+            self.update(labels=list(model.config.id2label.values()))
         self.record |= self.facts
         if isinstance(config, LoraSbConfig):  # whose method tells the start
             self.record |= {"method": method_of(config), "init": "default"}

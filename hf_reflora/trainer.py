@@ -1,7 +1,7 @@
 """Trainers with the methods built in: a callback, metrics in the log and a name on the card, nothing else."""
 
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from . import papers
 from .callbacks import RefLoraCallback
@@ -76,6 +76,22 @@ class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
 
     _tag_names = ["trl", "sft", "reflora"]
     _name = "SFT (RefLoRA)"
+    _paper = papers.REFLORA
+
+
+class RefLoraDPOTrainer(_RefLoraMixin, DPOTrainer):
+    """TRL's `DPOTrainer` with RefLoRA (https://huggingface.co/papers/2505.18877).
+
+    Takes the arguments of `trl.DPOTrainer` and `reflora`, the callback with RefLoRA's settings (default
+    `RefLoraCallback()`). Pass `peft_config=LoraConfig(...)`: without the adapter, the model is its own reference. The
+    training log gains what `RefLoraCallback.metrics` returns.
+
+    Raises:
+        ValueError: at construction, see `RefLoraCallback`.
+    """
+
+    _tag_names = ["trl", "dpo", "reflora"]
+    _name = "DPO (RefLoRA)"
     _paper = papers.REFLORA
 
 

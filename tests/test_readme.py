@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import classify_reflora
+import dpo_reflora
 import pytest
 import sft_reflora
 import tiny
@@ -27,9 +29,11 @@ import step_cost  # noqa: E402
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES_README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+RECIPES = {f"recipes/{r.__name__}.py": r for r in (sft_reflora, dpo_reflora, classify_reflora)}
 LAUNCHES = [
     line.strip()
-    for text in (README, (ROOT / "recipes" / "README.md").read_text(encoding="utf-8"), sft_reflora.__doc__)
+    for text in (README, RECIPES_README, *(recipe.__doc__ for recipe in RECIPES.values()))
     for line in text.replace("\\\n", " ").splitlines()
     if line.strip().startswith("accelerate launch")
 ]
@@ -44,8 +48,7 @@ def demo_records():
 def test_launch_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, _, script, *arguments = line.split()
-    assert script == "recipes/sft_reflora.py"
-    script, *_ = sft_reflora.make_parser().parse_args_and_config([*arguments, "--bf16", "false"])
+    script, *_ = RECIPES[script].make_parser().parse_args_and_config([*arguments, "--bf16", "false"])
     assert script.dataset_name
 
 

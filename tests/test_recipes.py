@@ -19,8 +19,8 @@ from hf_reflora.ids import hub_id
 
 
 ROOT = Path(__file__).parent.parent
-YAMLS = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "accelerate")
 NAMES = {"lora", "reflora", "reflora_s", "lora_sb", "reflora_sb_init"}
+YAMLS = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.stem in NAMES)
 # What may differ between a recipe and its siblings, with reflora_… and lorasb_…; in LoRA-SB, whose numbers are others:
 METHOD_KEYS = {"method", "init", "output_dir"}
 LORA_SB_KEYS = {"lora_r", "lora_alpha", "learning_rate", "ddp_broadcast_buffers"}
@@ -78,7 +78,7 @@ def test_yaml_parses(path, tmp_path):
 
 @pytest.mark.parametrize("folder", sorted({p.parent for p in YAMLS}), ids=lambda p: p.name)
 def test_siblings_differ_in_the_method_only(folder):
-    configs = {p.stem: yaml.safe_load(p.read_text(encoding="utf-8")) for p in folder.glob("*.yaml")}
+    configs = {p.stem: yaml.safe_load(p.read_text(encoding="utf-8")) for p in YAMLS if p.parent == folder}
     assert set(configs) == NAMES
 
     def common(name, without):
@@ -223,6 +223,8 @@ def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, arguments):
     record = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
     method = more[1] if more else name.removesuffix("_sb_init")
     assert record["method"] == method
+    assert record["model"] == str(tiny_model)
+    assert record["arguments"]["prompt_template"] == "{request}"
     assert record["scores"]["after"]["loss"] < record["scores"]["before"]["loss"]
     config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
     if "sb_init" in name:
