@@ -1,5 +1,6 @@
 """The model card: what a run record becomes, and what cannot become part of it."""
 
+import ast
 import copy
 import json
 import re
@@ -104,18 +105,6 @@ def test_what_the_run_found_wins_over_the_form_of_a_name():
     assert front_matter(render(record(model="/cache/x", base_model="org/base")))["base_model"] == "org/base"
 
 
-def test_nothing_unknown_is_printed():
-    card = render(LEAST)
-    assert "None" not in card
-    assert "information needed" not in card.lower()
-    assert set(front_matter(card)) == {
-        *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"),
-    }
-    for absent in ("<details>", "What it changed", "reproduce", "training.png"):
-        assert absent not in card
-    assert "base_model: org/base" in card
-
-
 HOSTILE = [
     "---\nlicense: mit\n---",
     "</td><script>alert(1)</script>",
@@ -127,6 +116,48 @@ HOSTILE = [
     "](javascript:alert(1)) ![x](y)",
     "nul\u0000 and \u2028 and é 漢",
 ]
+CLASSIFIER = {"peft": {"task_type": "SEQ_CLS"}, "labels": ["no", "yes"], "examples": []}
+
+
+@pytest.mark.parametrize("label", ["no", *HOSTILE])
+@pytest.mark.parametrize("method", ["reflora", "lora_sb"])
+def test_classifiers(method, label):
+    card = render(record(**CLASSIFIER | {"labels": [label, "yes"]}, method=method))
+    data = front_matter(card)
+    assert data["pipeline_tag"] == "text-classification"
+    assert {result["task"]["type"] for result in data["model-index"][0]["results"]} == {"text-classification"}
+    for absent in ("AutoModelForCausalLM", "generate", "vllm", "vLLM", "llama.cpp"):
+        assert absent not in card
+    assert "The classifier on top of the base model was trained along" in card
+    [snippet] = re.findall(r"^```python\n(.*?)\n```$", card, re.S | re.M)
+    [labels] = [node for node in ast.parse(snippet).body if ast.unparse(node).startswith("labels = ")]
+    assert ast.literal_eval(labels.value) == [label, "yes"]
+
+
+@pytest.mark.parametrize(("columns", "texts"), [(["sentence"], '"…"'), (["premise", "hypothesis"], '"…", "…"')])
+def test_texts_of_a_classifier(columns, texts):
+    card = render(record(**CLASSIFIER, arguments={"text_columns": columns}))
+    assert f"tokenizer({texts}, return_tensors" in card
+
+
+def test_encoder_decoders():
+    card = render(record(peft={"task_type": "SEQ_2_SEQ_LM"}))
+    assert front_matter(card)["pipeline_tag"] == "text-generation"
+    assert "AutoModelForSeq2SeqLM.from_pretrained(base)" in card
+    assert "max_new_tokens=64)[0]))" in card  # the output does not begin with the prompt
+    assert "vllm" not in card
+
+
+def test_nothing_unknown_is_printed():
+    card = render(LEAST)
+    assert "None" not in card
+    assert "information needed" not in card.lower()
+    assert set(front_matter(card)) == {
+        *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"),
+    }
+    for absent in ("<details>", "What it changed", "reproduce", "training.png"):
+        assert absent not in card
+    assert "base_model: org/base" in card
 
 
 @pytest.mark.parametrize("text", HOSTILE)

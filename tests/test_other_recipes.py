@@ -1,7 +1,9 @@
 """The recipes beside SFT: their YAML files through the real parsers, and each script on a tiny model and data."""
 
+import ast
 import json
 import math
+import re
 from pathlib import Path
 
 import classify_reflora
@@ -141,7 +143,7 @@ def test_dpo_end_to_end(tiny_model, preferences, tmp_path, method, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_classification_end_to_end(tiny_model, pairs, tmp_path, method):
+def test_classification_end_to_end(tiny_model, pairs, tmp_path, method, capsys):
     data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--learning_rate", "1e-2", "--seed", "1"]
     columns = ["--text_columns", "left", "right", "--label_column", "same", "--max_length", "12"]
     options = [*data, *columns, *METHODS[method], "--num_train_epochs", "8"]
@@ -170,6 +172,11 @@ def test_classification_end_to_end(tiny_model, pairs, tmp_path, method):
         found = model(**inputs).logits.argmax(-1).tolist()
     accuracy = np.mean([record["labels"][i] == label for i, label in zip(found, rows["same"], strict=True)])
     assert accuracy == after["accuracy"]
+    [snippet] = re.findall(r"^```python\n(.*?)\n```$", card, re.S | re.M)
+    snippet = snippet.replace("path/to/the/base/model", str(tiny_model)).replace("path/to/this/adapter", str(adapter))
+    capsys.readouterr()
+    exec(snippet)
+    assert ast.literal_eval(capsys.readouterr().out).keys() == {"no", "yes"}
 
 
 def test_lora_sb_takes_the_gradient_of_the_loss_that_dpo_trains_with(preferences, tmp_path):
