@@ -48,7 +48,9 @@ def demo_records():
 def test_launch_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, _, script, *arguments = line.split()
-    script, *_ = RECIPES[script].make_parser().parse_args_and_config([*arguments, "--bf16", "false"])
+    recipe = RECIPES[script]
+    script, _, *settings = recipe.make_parser().parse_args_and_config([*arguments, "--bf16", "false"])
+    recipe.check(*settings)
     assert script.dataset_name
 
 
