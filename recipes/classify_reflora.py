@@ -2,8 +2,9 @@
 
     accelerate launch recipes/classify_reflora.py --config recipes/glue/mrpc_reflora.yaml
 
-The classifier on top of the base model is trained along and saved in the adapter. With `eval_strategy` set, the test
-split is evaluated before and after training, too; before, the classifier is a random one where the base has none.
+The classifier on top of the base model is trained along, in the model's dtype (leave it float32; `bf16: true` is for
+speed), and saved in the adapter. With `eval_strategy` set, the test split is evaluated before and after training, too;
+before, the classifier is a random one where the base has none.
 """
 
 import time
@@ -100,8 +101,8 @@ def tokenize(
         )
     if unknown := set(rows[recipe.label_column]) - set(classes):
         raise ValueError(
-            f"The split {rows.split} has the labels {sorted(unknown)}, which are no classes of the training data "
-            "(GLUE's test splits have none: -1). Choose another split."
+            f"The split {rows.split} has the labels {sorted(unknown, key=str)}, which are no classes of the training "
+            "data (GLUE's test splits have none: -1). Choose another split."
         )
     numbers = {value: number for number, value in enumerate(classes)}
 
