@@ -264,3 +264,14 @@ def test_scores_by_hand():
     constant = classify_reflora.scores_of(2)(EvalPrediction((np.eye(2)[0 * found], None), truth))
     assert constant == {"accuracy": 5 / 8, "f1": 0.0, "matthews_correlation": 0.0}
     assert classify_reflora.scores_of(3)(EvalPrediction(np.eye(3)[found], truth)) == {"accuracy": 6 / 8}
+
+
+@pytest.mark.slow
+def test_the_seed_is_also_the_classifiers(tiny_model, pairs, tmp_path):
+    data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_steps", "1"]
+    columns = ["--text_columns", "left", "--label_column", "same"]
+    first, again, other = (
+        finish(classify_reflora, tmp_path / str(i), *data, *columns, "--seed", seed)[0]["scores"]["before"]["loss"]
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert first == again != other
