@@ -28,10 +28,10 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from hf_reflora import LoraSbArguments, PublishingMixin, RefLoraArguments, RefLoraTrainer
+from hf_reflora import LoraSbArguments, PublishingMixin, RefLoraArguments, RefLoraTrainer, WholeCheckpointsMixin
 
 
-class LoraTrainer(PublishingMixin, Trainer):
+class LoraTrainer(WholeCheckpointsMixin, PublishingMixin, Trainer):
     """LoRA, to compare with, and LoRA-SB."""
 
 

@@ -17,7 +17,7 @@ from run import load_rows, load_tokenizer, model_init_kwargs, record_of, run, us
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from hf_reflora import LoraSbArguments, PublishingMixin, RefLoraArguments, RefLoraDPOTrainer
+from hf_reflora import LoraSbArguments, PublishingMixin, RefLoraArguments, RefLoraDPOTrainer, WholeCheckpointsMixin
 
 
 # What changes the loss, and with it the gradient that LoRA-SB starts from.
@@ -30,7 +30,7 @@ PLAIN_LOSS = {
 }
 
 
-class LoraDPOTrainer(PublishingMixin, DPOTrainer):
+class LoraDPOTrainer(WholeCheckpointsMixin, PublishingMixin, DPOTrainer):
     """LoRA, to compare with, and LoRA-SB."""
 
     _tag_names = ["trl", "dpo"]

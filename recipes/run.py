@@ -18,6 +18,7 @@ from hf_reflora import PushError, RunRecordCallback
 from hf_reflora.environment import environment, peak_memory_gb, usable_cores
 from hf_reflora.ids import hub_id
 from hf_reflora.record import dataset_facts, non_default
+from hf_reflora.sharded import partitioned
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ def run(
 ) -> None:
     """Trains, with the held-out rows evaluated before, by the base model itself, and after; saves, shows and pushes.
 
+    A resumed run (`resume_from_checkpoint: true` takes the last whole checkpoint) ends with the record of an unbroken
+    one.
+
     Args:
         trainer: A trainer with `PublishingMixin`; its `eval_dataset` is evaluated, if it has one.
         start: `time.monotonic()` when the run began.
@@ -100,17 +104,23 @@ def run(
         seconds[when] = time.monotonic() - begin
         return scores
 
-    trainer.run_record.update(scores={"before": evaluate("before")})
+    # ZeRO-3 has the base model in parts at once, but computes with it after training has begun.
+    late = any(partitioned(parameter) for parameter in trainer.model.parameters())
+    if not late:
+        trainer.run_record.update(scores={"before": evaluate("before")})
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except PushError as error:
         logger.error(error)  # everything is pushed once more below
     after = evaluate("after")
+    if late:
+        trainer.run_record.update(scores={"before": evaluate("before")})
+    earlier = sum(run.get("seconds", 0) for run in trainer.run_record.record["runs"][:-1])  # of a resumed run
     trainer.run_record.update(
         scores={"after": after} | ({"rows": len(test_rows), "split": split} if test_rows is not None else {}),
         examples=examples(),
         seconds={name: round(value, 1) for name, value in seconds.items()}
-        | {"total": round(time.monotonic() - start, 1)},
+        | {"total": round(earlier + time.monotonic() - start, 1)},
         peak_memory_gb=peak_memory_gb(),
     )
     trainer.save_model(_internal_call=True)  # without a push, which comes below with everything
