@@ -104,7 +104,8 @@ def test_the_recipe_runs_and_is_the_same_everywhere(runs, model, name):
     assert len(losses) == 2
     assert losses == pytest.approx(expected, abs=1e-5)
     assert record["scores"] == ddp["scores"]
-    assert record["diagnostics"] == pytest.approx(ddp["diagnostics"], rel=1e-3)
+    found, expected = ({k: v for k, v in r["diagnostics"].items() if k != "ranks"} for r in (record, ddp))
+    assert found == pytest.approx(expected, rel=1e-3)
     assert record["trainable_parameters"] == ddp["trainable_parameters"]
     weights, others = (load_file(runs(n) / "adapter_model.safetensors") for n in (name, "ddp"))
     tiny.assert_same(weights, others, rtol=1e-3, atol=1e-5)
