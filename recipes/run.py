@@ -88,7 +88,8 @@ def run(
     one.
 
     Args:
-        trainer: A trainer with `PublishingMixin`; its `eval_dataset` is evaluated, if it has one.
+        trainer: A trainer with `WholeCheckpointsMixin` and `PublishingMixin`; its `eval_dataset` is evaluated, if it
+            has one.
         start: `time.monotonic()` when the run began.
         test_rows, split: The held-out rows and where they are from, for the record.
         score: Called "before" and "after"; scores besides the trainer's own.

@@ -12,6 +12,7 @@ import dpo_reflora
 import pytest
 import sft_reflora
 import tiny
+from accelerate.commands.launch import launch_command_parser
 from peft import get_peft_model
 
 from hf_reflora import LoraSbConfig
@@ -26,6 +27,7 @@ import compare_cards  # noqa: E402
 import init_cost  # noqa: E402
 import side_by_side  # noqa: E402
 import step_cost  # noqa: E402
+import trajectories  # noqa: E402
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,9 +49,11 @@ def demo_records():
 @pytest.mark.parametrize("line", LAUNCHES)
 def test_launch_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, _, script, *arguments = line.split()
-    recipe = RECIPES[script]
-    script, _, *settings = recipe.make_parser().parse_args_and_config([*arguments, "--bf16", "false"])
+    launch = launch_command_parser().parse_args(line.split()[2:])
+    assert launch.config_file is None or Path(launch.config_file).is_file()
+    recipe = RECIPES[launch.training_script]
+    arguments = [*launch.training_script_args, "--bf16", "false"]
+    script, _, *settings = recipe.make_parser().parse_args_and_config(arguments)
     recipe.check(*settings)
     assert script.dataset_name
 
@@ -110,6 +114,14 @@ def test_demo_meets_its_promise():
     assert record["environment"]["uncommitted_changes"] is False
     minutes = record["seconds"]["total"] / 60
     assert f"{minutes:.0f} minutes on 2 CPU cores" in README
+
+
+def test_trajectories_are_the_record():
+    record = json.loads((RECORDS / "trajectories.json").read_text(encoding="utf-8"))
+    assert record["environment"]["uncommitted_changes"] is False
+    assert {entry["backend"] for entry in record["results"]} == set(trajectories.TWO)
+    assert all(entry["equal_on_both"] for entry in record["results"])
+    assert trajectories.table(record["results"]) in README
 
 
 def test_cost_table_is_the_record():
