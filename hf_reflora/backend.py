@@ -21,6 +21,14 @@ def backend_name() -> str:
     return "FSDP2" if state.is_fsdp2 else state.distributed_type.value
 
 
+def steps_on_float32() -> bool:
+    """Whether 16-bit parameters in a forward pass are copies, of float32 ones that the optimizer steps on."""
+    if not AcceleratorState._shared_state:
+        return False
+    state = AcceleratorState()
+    return (is_deepspeed() or state.is_fsdp2) and state.mixed_precision in ("fp16", "bf16")
+
+
 def check_backend(what: str) -> None:
     """Raises a ValueError on backends where the factors and their gradients are out of reach.
 

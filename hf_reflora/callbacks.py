@@ -81,7 +81,7 @@ class RefLoraCallback(TrainerCallback):
         if self._deepspeed:
             pairs = trainable_pairs(self._layers)
             if self.reflora.rescales:
-                check_reachable(pairs)
+                check_reachable(model, "RefLoRA-S as rescaling (not form='precondition')")
             self._hooks.attach([] if self.reflora.rescales else pairs)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):

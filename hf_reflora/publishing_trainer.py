@@ -20,6 +20,7 @@ from .ids import hub_id
 from .plot import plot
 from .publish import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
 from .record import RunRecordCallback, dataset_facts
+from .sharded import checkpoint_wrappers_removed
 
 
 logger = logging.get_logger(__name__)
@@ -251,6 +252,19 @@ class PublishingMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         token, self.args.hub_token = self.args.hub_token, None
         try:
-            super()._save(output_dir, state_dict)
+            with checkpoint_wrappers_removed(self.model):
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:  # under FSDP the adapter, too
+        with checkpoint_wrappers_removed(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        with checkpoint_wrappers_removed(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with checkpoint_wrappers_removed(self.model):
+            super()._load_best_model()

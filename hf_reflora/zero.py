@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .pairs import LoraPair
@@ -63,10 +63,9 @@ def rescale_(reflora: RefLora, pairs: Sequence[LoraPair], optimizer: Optimizer) 
     """`RefLora.after_optimizer` on DeepSpeed's partitions: A ← √s A, B ← B / √s, and their moments along.
 
     Raises:
-        NotImplementedError: the float32 copies of 16-bit factors are out of reach (ZeRO-0), or a pair has many blocks.
+        NotImplementedError: a pair has many blocks.
         ValueError: the optimizer keeps unknown state.
     """
-    check_reachable(pairs)
     if any(pair.blocks > 1 for pair in pairs):
         raise NotImplementedError(
             "RefLoRA-S as rescaling is not for grouped convolutions and target_parameters under DeepSpeed. Use "
@@ -89,14 +88,14 @@ def rescale_(reflora: RefLora, pairs: Sequence[LoraPair], optimizer: Optimizer) 
             factor.mul_(scale)
 
 
-def check_reachable(pairs: Sequence[LoraPair]) -> None:
-    """Raises a NotImplementedError for 16-bit factors whose float32 copies DeepSpeed's ZeRO-0 keeps to itself."""
-    for pair in pairs:
-        linked = partitioned(pair.A) or hasattr(pair.A, "_hp_mapping")
-        if not linked and pair.A.dtype in (torch.float16, torch.bfloat16):
+def check_reachable(model: nn.Module, what: str) -> None:
+    """Raises a NotImplementedError for 16-bit parameters whose float32 copies DeepSpeed's ZeRO-0 keeps to itself."""
+    for name, parameter in model.named_parameters():
+        linked = partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+        if parameter.requires_grad and not linked and parameter.dtype in (torch.float16, torch.bfloat16):
             raise NotImplementedError(
-                f"{pair.name} is {pair.A.dtype} and DeepSpeed's ZeRO-0 steps on a float32 copy that cannot be "
-                "changed from here. Use ZeRO-1, 2 or 3, or float32 factors; of RefLoRA-S also form='precondition'."
+                f"{what} changes {name}, which is {parameter.dtype}, but DeepSpeed's ZeRO-0 steps on a float32 copy "
+                "that cannot be changed from here. Use ZeRO-1, 2 or 3, or train in float32."
             )
 
 

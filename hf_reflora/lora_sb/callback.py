@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..backend import check_backend, inner_optimizer
+from ..backend import check_backend, inner_optimizer, is_deepspeed
+from ..zero import check_reachable
 from .gradients import random_states_kept
 from .initialize import adapter_layers, initialize_lora_sb_weights, is_initialized
 from .model import restore_float32
@@ -104,6 +105,8 @@ class LoraSbCallback(TrainerCallback):
         if state.global_step > 0 or is_initialized(model, self.adapter_name):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return
+        if is_deepspeed():
+            check_reachable(model, "LoRA-SB's initialization")
         with random_states_kept():  # samples may be drawn at random
             initialize_lora_sb_weights(
                 model,

@@ -11,6 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..backend import steps_on_float32
 from ..sharded import write_
 from .config import LoraSbConfig
 from .subspace import truncated_svd
@@ -165,7 +166,7 @@ class Linear(nn.Module, LoraSbLayer):
                 "change nothing. Call initialize_lora_sb_weights(model, dataloader, ...), or give the trainer a "
                 'LoraSbCallback; or choose init_weights="lora_xs" or True, which need no data.'
             )
-        if R.dtype in HALF:
+        if R.dtype in HALF and not steps_on_float32():
             raise RuntimeError(
                 f'R of the LoRA-SB adapter "{name}" is {R.dtype}, in which an optimizer\'s updates are rounded away. '
                 "Leave autocast_adapter_dtype=True; where TRL casts it (quantized models), LoraSbCallback undoes it."
