@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -52,6 +53,7 @@ def reshard(model: nn.Module) -> None:
     """Returns FSDP2's modules to their shards: writes to parameters that a forward pass left whole are lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module.unshard()  # notes the gradients' dtype anew, which it takes from the parameters that are trainable
             module.reshard()
 
 
@@ -60,8 +62,22 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or partitioned(parameter) for parameter in model.parameters())
 
 
+@contextmanager
+def checkpoint_wrappers_removed(model: nn.Module) -> Iterator[None]:
+    """Within it the wrappers of FSDP's activation checkpointing are gone: by their names PEFT finds no adapter."""
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, CheckpointWrapper)]
+    for name, module in reversed(wrapped):
+        model.set_submodule(name, module._checkpoint_wrapped_module)
+    try:
+        yield
+    finally:
+        for name, module in wrapped:
+            model.set_submodule(name, module)
+
+
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The active adapter's tensors, whole, by PEFT's names."""
-    with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with gathered(trained), checkpoint_wrappers_removed(model):
         tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
         return {name: whole(tensor).detach().clone() for name, tensor in tensors.items()}
