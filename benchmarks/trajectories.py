@@ -63,12 +63,22 @@ def base_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
-def arguments(backend: str, folder: str) -> TrainingArguments:
+def arguments(backend: str, folder: str, cls: type = TrainingArguments, **changes) -> TrainingArguments:
+    """For a fresh start on a backend, also after another one in the same process; the process group stays."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(name, None)
     settings = {}
-    if backend == "FSDP2":
+    if backend.startswith("FSDP2") and backend != "FSDP2 at load":
         settings = {
             "fsdp": True,
-            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+            "fsdp_config": {
+                "version": 2,
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                "activation_checkpointing": backend == "FSDP2 checkpointed",
+            },
         }
     elif backend.startswith("DeepSpeed"):
         import deepspeed.ops
@@ -82,29 +92,29 @@ def arguments(backend: str, folder: str) -> TrainingArguments:
             "gradient_clipping": "auto",
             "zero_optimization": {"stage": stage, **(keep if stage == 3 else {})},
         }
-    args = TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        max_steps=STEPS,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4 if backend == ONE else 2,
-        train_sampling_strategy="sequential",
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        max_grad_norm=0,  # DeepSpeed clips after the preconditioning, the others before it
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        save_only_model=backend == "FSDP2 at load",  # transformers asks for it
-        report_to="none",
-        disable_tqdm=True,
-        ddp_broadcast_buffers=False,
-        seed=0,
-        **settings,
-    )
-    if backend == "FSDP2":
+    settings |= {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4 if backend == ONE else 2,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "max_grad_norm": 0,  # DeepSpeed clips after the preconditioning, the others before it
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "save_only_model": backend == "FSDP2 at load",  # transformers asks for it
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_broadcast_buffers": False,
+        "seed": 0,
+    }
+    args = cls(**{**settings, **changes})
+    if backend.startswith("FSDP2") and backend != "FSDP2 at load":
         # accelerate shards on accelerators only, by this name. Everything after it is its own: prepare, fully_shard.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return args
@@ -112,10 +122,6 @@ def arguments(backend: str, folder: str) -> TrainingArguments:
 
 def run(backend: str, method: str, folder: str) -> dict:
     """Losses and adapter of one training, as this process has them."""
-    # Another backend in the same process; the process group stays.
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    unset_hf_deepspeed_config()
     config_cls, callbacks = METHODS[method]
     args = arguments(backend, folder)
     model = base_model()
