@@ -52,6 +52,23 @@ def check_backend(what: str) -> None:
         )
 
 
+def check_saving(state: AcceleratorState) -> None:
+    """Raises a ValueError for settings under which a Trainer saves an adapter without weights, or none."""
+    if state.distributed_type == DistributedType.FSDP and "FULL" not in str(state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            f"With {state.fsdp_plugin.state_dict_type} a Trainer saves no adapter. Choose FULL_STATE_DICT: "
+            "fsdp_state_dict_type in accelerate's configuration, state_dict_type in fsdp_config."
+        )
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "With ZeRO-3 a Trainer saves an adapter without weights unless "
+                "stage3_gather_16bit_weights_on_model_save is true in DeepSpeed's configuration "
+                "(zero3_save_16bit_model in accelerate's)."
+            )
+
+
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside the wrappers of accelerate and DeepSpeed."""
     while hasattr(optimizer, "optimizer"):

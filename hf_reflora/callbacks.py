@@ -4,13 +4,13 @@ import math
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from .backend import check_backend, inner_optimizer, is_deepspeed
 from .optimizer import STEP_KEY
 from .pairs import lora_layers, require_pairs, trainable_pairs
 from .sharded import gathered
-from .step import RefLora, check_optimizer
+from .step import RefLora, check_optim, check_optimizer
 from .zero import GradientHooks, check_reachable, rescale_
 
 
@@ -62,9 +62,10 @@ class RefLoraCallback(TrainerCallback):
         self._hooks = GradientHooks(self.reflora)
         self._deepspeed = False
 
-    def check(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def check(self, args: TrainingArguments, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Raises where this callback could not work: see the class."""
         check_backend("RefLoRA")
+        check_optim(str(getattr(args.optim, "value", args.optim)))
         require_pairs(model)
         if optimizer is not None:
             check_optimizer(type(inner_optimizer(optimizer)))
@@ -75,7 +76,7 @@ class RefLoraCallback(TrainerCallback):
                 )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.check(model, optimizer)
+        self.check(args, model, optimizer)
         self._layers = lora_layers(model)
         self._deepspeed = is_deepspeed()
         if self._deepspeed:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from . import hub
+from .backend import check_saving
 from .card import check_license, is_edited, render
 from .environment import write_text
 from .ids import hub_id
@@ -60,6 +61,7 @@ class PublishingMixin:
         self._snapshots: tempfile.TemporaryDirectory | None = None
         self._repo: hub.Repo | None = None
         super().__init__(*args, callbacks=callbacks, **kwargs)
+        check_saving(self.accelerator.state)
 
     def _record_facts(self, callbacks: list) -> dict[str, str]:
         """The method, as far as it is not told by the adapter's type."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -65,7 +65,7 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def checkpoint_wrappers_removed(model: nn.Module) -> Iterator[None]:
     """Within it the wrappers of FSDP's activation checkpointing are gone: by their names PEFT finds no adapter."""
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, CheckpointWrapper)]
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationWrapper)]
     for name, module in reversed(wrapped):
         model.set_submodule(name, module._checkpoint_wrapped_module)
     try:

@@ -179,16 +179,26 @@ class RefLora:
 def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
     """Raises a ValueError if gradients that are changed before the optimizer's step would not count."""
     if hasattr(optimizer_cls, "fused_backward") or optimizer_cls.__name__ == "LayerWiseDummyOptimizer":
-        raise ValueError(
-            f"RefLoRA changes gradients before the step, but {optimizer_cls.__name__} takes its step inside the "
-            "backward pass (LOMO, AdaLOMO, layer-wise GaLore and APOLLO). Use optim=adamw_torch or another optimizer."
-        )
+        _steps_inside(optimizer_cls.__name__)
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"RefLoRA changes gradients before the step, but {optimizer_cls.__name__}.step needs a closure that "
             "computes them again inside the step. Use an optimizer whose closure is optional, such as AdamW or SGD."
         )
+
+
+def check_optim(optim: str) -> None:
+    """`check_optimizer` for the name in `TrainingArguments.optim`, before there is an optimizer."""
+    if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
+        _steps_inside(f"optim={optim}")
+
+
+def _steps_inside(name: str) -> None:
+    raise ValueError(
+        f"RefLoRA changes gradients before the step, but {name} takes its step inside the backward pass (LOMO, "
+        "AdaLOMO, layer-wise GaLore and APOLLO). Use optim=adamw_torch or another optimizer."
+    )
 
 
 def _held(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:

@@ -26,7 +26,7 @@ class _RefLoraMixin(WholeCheckpointsMixin, PublishingMixin):
             )
         self.reflora = RefLoraCallback() if reflora is None else reflora
         super().__init__(*args, callbacks=[*(callbacks or []), self.reflora], **kwargs)
-        self.reflora.check(self.model, self.optimizer)
+        self.reflora.check(self.args, self.model, self.optimizer)
 
     def _record_facts(self, callbacks: list) -> dict[str, str]:
         return {"method": self.reflora.reflora.method, **_start(callbacks)}
