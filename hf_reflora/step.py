@@ -167,8 +167,11 @@ class RefLora:
         if self.smoothness is None:
             return None
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        if len(set(rates.values())) == 1:  # DeepSpeed's groups hold other parameters than the model's
-            rates |= {id(pair.A): next(iter(rates.values())) for pair in pairs}
+        everywhere = {float(group["lr"]) for group in optimizer.param_groups}
+        if len(everywhere) == 1:  # DeepSpeed's groups hold other parameters than the model's, or none
+            rates |= dict.fromkeys((id(pair.A) for pair in pairs), *everywhere)
+        if any(id(pair.A) not in rates for pair in pairs):
+            raise NotImplementedError("RefLoRA: smoothness under DeepSpeed needs one learning rate for all.")
         return [
             1 / (self.smoothness * pair.scaling**2 * max(rates[id(pair.A)], 1e-30))
             for pair in pairs
