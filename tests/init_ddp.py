@@ -73,11 +73,12 @@ def fail(out: Path) -> None:
     """What goes wrong on one process is raised by all, in good time; every process writes the messages."""
     rank, messages = dist.get_rank(), {}
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(rank))
-    for case in ("unused", "nan on one", "no data", "no data on one", "float64"):
+    for case in ("unused", "nan on one", "forward on one", "no data", "no data on one", "float64"):
         model = get_peft_model(
             Unused(), LoraSbConfig(r=2, target_modules=["a", "b", *["unused"] * (case == "unused")])
         )
         data = {"nan on one": [{"x": x * float("nan")}] if rank else [{"x": x}]}
+        data |= {"forward on one": [{"x": x[:, : 6 - rank]}]}  # a shape that the model does not take
         data |= {"no data": [], "no data on one": [{"x": x}] if rank else []}
         if case == "float64":  # whose gradients are float64 where there are any
             model, data[case] = model.double(), [{"x": x.double()}] if rank else []

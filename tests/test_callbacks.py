@@ -6,12 +6,13 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
-from hf_reflora import RefLoraCallback, create_reflora_optimizer
+from hf_reflora import LoraSbCallback, RefLoraCallback, RefLoraTrainer, backend, create_reflora_optimizer
 from hf_reflora.optimizer import STEP_KEY
 
 
@@ -191,25 +192,78 @@ def test_models_without_pairs_are_refused_when_training_starts(tmp_path, make, m
     assert trainer.state.global_step == 0
 
 
+def as_backend(monkeypatch, kind: DistributedType, fsdp_version: int = 1) -> None:
+    """Writes it into accelerate's real state, which chooses FSDP and Megatron-LM on accelerators only."""
+    for state in (PartialState, AcceleratorState):  # accelerate writes to both
+        monkeypatch.setitem(state._shared_state, "distributed_type", kind)
+    if kind == DistributedType.FSDP:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=fsdp_version)
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+
+
+@pytest.mark.parametrize("callback", [RefLoraCallback(), LoraSbCallback()], ids=["RefLoRA", "LoRA-SB"])
 @pytest.mark.parametrize(
-    ("backend", "match"),
+    ("kind", "match"),
     [
-        (DistributedType.DEEPSPEED, "DEEPSPEED yet: DeepSpeed takes the optimizer's step inside the backward pass"),
-        (DistributedType.FSDP, "FSDP yet: FSDP keeps the factors in flat or sharded.*Train with DDP"),
-        (DistributedType.MEGATRON_LM, "MEGATRON_LM yet: Megatron-LM takes"),
+        (DistributedType.FSDP, r"FSDP1, which keeps the factors in flat param.*Train with FSDP2: fsdp_ver"),
+        (DistributedType.MEGATRON_LM, r"Megatron-LM, which takes .* Train with FSDP2, DeepSpeed or DDP"),
     ],
 )
-def test_backends_without_whole_gradients_are_refused(tmp_path, monkeypatch, backend, match):
-    """The backend is written into accelerate's real state objects, not run: accelerate chooses FSDP on accelerators
-    only, and DeepSpeed is not among the test's packages."""
-    trainer = make_trainer(tmp_path, [RefLoraCallback()])
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RefLoraCallback))
-    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    for state in (PartialState, AcceleratorState):  # accelerate writes to both
-        monkeypatch.setitem(state._shared_state, "distributed_type", backend)
-    assert trainer.accelerator.distributed_type == backend
+def test_backends_that_cannot_be_supported(tmp_path, monkeypatch, callback, kind, match):
+    trainer = make_trainer(tmp_path, [callback])
+    as_backend(monkeypatch, kind)
+    with pytest.raises(ValueError, match=f"does not support {match}"):
+        callback.check(trainer.args, trainer.model)
     with pytest.raises(ValueError, match=match):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+@pytest.mark.parametrize("callback", [RefLoraCallback(), LoraSbCallback()], ids=["RefLoRA", "LoRA-SB"])
+def test_sagemakers_model_parallelism_is_refused(tmp_path, monkeypatch, callback):
+    trainer = make_trainer(tmp_path, [callback])
+    monkeypatch.setattr(backend, "is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"SageMaker's model parallelism\. Train with FSDP2 or DeepSpeed"):
+        callback.check(trainer.args, trainer.model)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.DEEPSPEED, DistributedType.FSDP], ids=str)
+def test_backends_that_are_supported(tmp_path, monkeypatch, kind):
+    trainer = make_trainer(tmp_path, [])
+    as_backend(monkeypatch, kind, fsdp_version=2)
+    RefLoraCallback().check(trainer.args, trainer.model)
+    LoraSbCallback().check(trainer.args, trainer.model)
+
+
+INSIDE = ["lomo", "adalomo", "galore_adamw_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise"]
+
+
+@pytest.mark.parametrize("optim", INSIDE)
+def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path, optim):
+    """By name at construction: their packages need not be there."""
+    match = f"optim={optim} takes its step inside the backward pass .*Use optim=adamw_torch"
+    args = TrainingArguments(**tiny.arguments(tmp_path, optim=optim, optim_target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=match):
+        RefLoraTrainer(model=tiny.lora(tiny.llama()), args=args, train_dataset=tiny.token_dataset())
+
+
+@pytest.mark.parametrize("kind", ["LayerWiseDummyOptimizer", "Lomo"])
+def test_such_optimizers_are_refused_in_person(tmp_path, kind):
+    model = tiny.lora(tiny.llama())
+    cls = LayerWiseDummyOptimizer if kind != "Lomo" else type("Lomo", (torch.optim.SGD,), {"fused_backward": None})
+    optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=model, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=f"{kind} takes its step inside the backward pass"):
+        trainer.train()
+    with pytest.raises(ValueError, match=f"{kind} takes its step inside the backward pass"):
+        create_reflora_optimizer(model, cls, lr=0.1)
+
+
+def test_closures_are_refused_at_construction_too(tmp_path):
+    model = tiny.lora(tiny.llama())
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])
+    args = TrainingArguments(**tiny.arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"LBFGS\.step needs a closure"):
+        RefLoraTrainer(model=model, args=args, train_dataset=tiny.token_dataset(), optimizers=(optimizer, None))
 
 
 def test_wrong_settings_raise_at_construction():

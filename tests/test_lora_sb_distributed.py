@@ -54,6 +54,8 @@ def test_passes_do_not_matter(folders):
 def test_an_error_is_raised_in_both_processes(folders):
     """By a message, not by a time-out: also where one process only has an SVD to make, or data."""
     first, second = (torch.load(folders[0] / f"messages-{rank}.pt") for rank in (0, 1))
+    assert second.pop("forward on one").startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert first.pop("forward on one").startswith("ValueError: On process 1: mat1 and mat2 shapes cannot be mul")
     assert first == second
     assert first["unused"].startswith("ValueError: No gradient reached base_model.model.unused")
     assert first["nan on one"].startswith("ValueError: The gradient of base_model.model.")

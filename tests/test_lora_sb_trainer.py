@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
@@ -612,20 +610,6 @@ def test_wrong_settings_raise_at_construction(changes, match):
 def test_an_unknown_adapter(tmp_path):
     with pytest.raises(ValueError, match="There is no adapter 'x'"):
         make_trainer(tmp_path, [LoraSbCallback(adapter_name="x")]).train()
-
-
-@pytest.mark.parametrize(
-    "backend", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM], ids=str
-)
-def test_backends(tmp_path, monkeypatch, backend):
-    """Written into accelerate's real state, as in test_callbacks.py."""
-    callback = LoraSbCallback()
-    trainer = make_trainer(tmp_path, [callback])
-    callback.check(trainer.args, trainer.model)
-    for state in (PartialState, AcceleratorState):
-        monkeypatch.setitem(state._shared_state, "distributed_type", backend)
-    with pytest.raises(ValueError, match=f"LoRA-SB's initialization does not support {backend.value} yet"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 # The trainer

@@ -14,9 +14,11 @@ from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, Monte
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers.pytorch_utils import Conv1D
 
-from hf_reflora import RefLora
+from hf_reflora import RefLora, create_reflora_optimizer
+from hf_reflora.dtensors import whole
 from hf_reflora.pairs import LoraPair, dense_gradient, lora_layers, require_pairs, trainable_pairs
 
 
@@ -383,17 +385,54 @@ def test_sparse_gradients_are_refused():
         RefLora().before_optimizer([pair], torch.optim.SGD([pair.A, pair.B]))
 
 
-def test_factors_sharded_by_fsdp2_are_refused():
+@pytest.fixture
+def mesh():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        model = tiny.lora(tiny.mlp(dtype=torch.float32))
-        layers = lora_layers(model)
-        assert len(trainable_pairs(layers)) == 2
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(NotImplementedError, match=r"DTensor.*Train with DDP"):
-            trainable_pairs(layers)
+        yield init_device_mesh("cpu", (1,))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["reflora", "reflora_s"])
+def test_factors_sharded_by_fsdp2(mesh, method):
+    """An optimizer made before raises at its first step; one made after takes the steps of a model in one piece."""
+    results = []
+    for sharded in (False, True):
+        model = tiny.lora(tiny.mlp())
+        optimizers = [create_reflora_optimizer(model, torch.optim.AdamW, lr=0.02, method=method)]
+        if sharded:
+            fully_shard(model, mesh=mesh)
+            assert len(trainable_pairs(lora_layers(model))) == 2
+            optimizers.append(create_reflora_optimizer(model, torch.optim.AdamW, lr=0.02, method=method))
+        for seed in range(3):
+            model.zero_grad()
+            tiny.mlp_loss(model, seed).backward()
+            if sharded:
+                with pytest.raises(ValueError, match=r"made before the model was sharded.*after fully_shard"):
+                    optimizers[0].step()
+            optimizers[-1].step()
+        results.append({name: whole(value) for name, value in tiny.trainable(model).items()})
+    tiny.assert_same(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "conv2d grouped", "experts"])
+def test_other_sharded_layers_are_refused(mesh, kind):
+    model = build(kind)[0]
+    fully_shard(model, mesh=mesh)
+    match = r"sharded factors in .*a convolution or expert layer.*Train with DDP or DeepSpeed, or leave the layer out"
+    with pytest.raises(NotImplementedError, match=match):
+        trainable_pairs(lora_layers(model))
+
+
+@pytest.mark.parametrize("placement", [Shard(1), Partial()], ids=str)
+def test_tensor_parallel_factors_are_refused(mesh, placement):
+    model = tiny.lora(tiny.mlp())
+    layers = lora_layers(model)
+    A = next(iter(layers.values())).lora_A["default"]
+    A.weight = nn.Parameter(DTensor.from_local(A.weight.detach(), mesh, [placement]))
+    with pytest.raises(NotImplementedError, match=r"shards of rows, not tensor parallelism\. Train with FSDP2"):
+        trainable_pairs(layers)
 
 
 def test_pairs_are_looked_up_anew_when_parameters_are_replaced():

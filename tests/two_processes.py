@@ -10,7 +10,13 @@ TESTS = Path(__file__).parent
 
 
 def launch(script: str, *arguments: str, timeout: float) -> None:
-    """Runs tests/`script` by `accelerate launch`; fails with it.
+    """Runs tests/`script` by `accelerate launch`; fails with it."""
+    done = run(script, *arguments, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run(script: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
+    """The same, and what came of it.
 
     --cpu would start one process only; the scripts themselves ask for the CPU, which makes it DDP over gloo.
     """
@@ -18,6 +24,5 @@ def launch(script: str, *arguments: str, timeout: float) -> None:
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(TESTS / script), *arguments]
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
