@@ -258,15 +258,3 @@ class PublishingMixin:
                 super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:  # under FSDP the adapter, too
-        with checkpoint_wrappers_removed(self.model):
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_from_checkpoint(self, *args, **kwargs) -> None:
-        with checkpoint_wrappers_removed(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with checkpoint_wrappers_removed(self.model):
-            super()._load_best_model()

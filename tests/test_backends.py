@@ -46,12 +46,12 @@ def test_one_trajectory_on_every_backend(trajectories, backend, method):
 
 @pytest.mark.slow
 def test_the_methods_differ(trajectories):
-    """By far more than the bound above; the two forms of RefLoRA-S least."""
+    """By far more than the bound above; least the two forms of RefLoRA-S."""
     for backend in {backend for backend, _ in trajectories}:
         losses = [torch.tensor(entry["losses"]) for (at, _), entry in trajectories.items() if at == backend]
         for i, left in enumerate(losses):
             for right in losses[:i]:
-                assert (left - right).abs().max() > 1e-4
+                assert (left - right).abs().max() > 5e-5
 
 
 @pytest.mark.slow

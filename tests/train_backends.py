@@ -285,7 +285,8 @@ def shares(folder, backend, kind):
         hidden = {chosen[0], chosen[1], chosen[-1]}
         labels = [[-100] * 12 if i in hidden else row["labels"] for i, row in enumerate(data)]
         data = data.remove_columns("labels").add_column("labels", labels)
-    callback = LoraSbCallback(num_samples=wanted, update="gradient", eta=1.0)
+    forward_fn = masked_loss if kind == "masked" else None
+    callback = LoraSbCallback(num_samples=wanted, update="gradient", eta=1.0, forward_fn=forward_fn)
     model = adapted(LoraSbConfig)
     run = trainer(backend, folder, [callback], model, data, max_steps=1, learning_rate=0.0, weight_decay=0.0)
     run.train()
@@ -297,6 +298,14 @@ def shares(folder, backend, kind):
     found, expected = products(adapter_tensors(run.model)), products(get_peft_model_state_dict(alone))
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-4 * value.norm(), name
+
+
+def masked_loss(model, batch):
+    """Not a number without labels, and its gradients, too."""
+    kept = batch["labels"][:, 1:] != -100
+    scores = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+    found = scores.gather(-1, batch["labels"][:, 1:, None].clamp(min=0))[..., 0]
+    return -(found * kept).sum() / kept.sum(), kept.sum()
 
 
 def products(tensors: dict) -> dict:
