@@ -9,9 +9,9 @@ from transformers import TrainerCallback, TrainingArguments
 from .backend import check_backend, inner_optimizer, is_deepspeed
 from .optimizer import STEP_KEY
 from .pairs import lora_layers, require_pairs, trainable_pairs
-from .sharded import gathered
+from .sharded import check_reachable, gathered
 from .step import RefLora, check_optim, check_optimizer
-from .zero import GradientHooks, check_reachable, rescale_
+from .zero import GradientHooks, rescale_
 
 
 class RefLoraCallback(TrainerCallback):

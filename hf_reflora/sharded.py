@@ -49,6 +49,17 @@ def write_(parameter: nn.Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value.float())
 
 
+def check_reachable(model: nn.Module, what: str) -> None:
+    """Raises a NotImplementedError for 16-bit parameters whose float32 copies DeepSpeed's ZeRO-0 keeps to itself."""
+    for name, parameter in model.named_parameters():
+        linked = partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+        if parameter.requires_grad and not linked and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise NotImplementedError(
+                f"{what} changes {name}, which is {parameter.dtype}, but DeepSpeed's ZeRO-0 steps on a float32 copy "
+                "that cannot be changed from here. Use ZeRO-1, 2 or 3, or train in float32."
+            )
+
+
 def reshard(model: nn.Module) -> None:
     """Returns FSDP2's modules to their shards: writes to parameters that a forward pass left whole are lost."""
     for module in model.modules():

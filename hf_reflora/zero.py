@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .pairs import LoraPair
@@ -86,17 +86,6 @@ def rescale_(reflora: RefLora, pairs: Sequence[LoraPair], optimizer: Optimizer) 
     with gathered(factors, write=True):
         for factor, scale in zip(factors, scales, strict=True):
             factor.mul_(scale)
-
-
-def check_reachable(model: nn.Module, what: str) -> None:
-    """Raises a NotImplementedError for 16-bit parameters whose float32 copies DeepSpeed's ZeRO-0 keeps to itself."""
-    for name, parameter in model.named_parameters():
-        linked = partitioned(parameter) or hasattr(parameter, "_hp_mapping")
-        if parameter.requires_grad and not linked and parameter.dtype in (torch.float16, torch.bfloat16):
-            raise NotImplementedError(
-                f"{what} changes {name}, which is {parameter.dtype}, but DeepSpeed's ZeRO-0 steps on a float32 copy "
-                "that cannot be changed from here. Use ZeRO-1, 2 or 3, or train in float32."
-            )
 
 
 def _scale_state(factor: Tensor, scale: float, degrees: dict[str, int], optimizer: Optimizer) -> None:

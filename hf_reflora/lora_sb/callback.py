@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..backend import check_backend, inner_optimizer, is_deepspeed
-from ..zero import check_reachable
+from ..sharded import check_reachable
 from .gradients import random_states_kept
 from .initialize import adapter_layers, initialize_lora_sb_weights, is_initialized
 from .model import restore_float32
