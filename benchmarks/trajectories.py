@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -132,6 +133,7 @@ def run(backend: str, method: str, folder: str) -> dict:
     model = get_peft_model(model, config_cls(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     if method in ("LoRA", "RefLoRA", "RefLoRA-S, rescale", "RefLoRA-S, precondition"):
         spread(model)
+    start = adapter_tensors(model)
     trainer = Trainer(
         model=model,
         args=args,
@@ -144,6 +146,7 @@ def run(backend: str, method: str, folder: str) -> dict:
     assert kind.get(backend.split(" ZeRO")[0], True), f"{backend} was not chosen"
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "start": start,
         "adapter": adapter_tensors(trainer.model),
         "processes": args.world_size,
     }
@@ -194,23 +197,29 @@ def compared(folder: Path, backend: str, method: str) -> dict:
     first, second = (torch.load(folder / f"{backend}-{method}-{rank}.pt") for rank in range(2))
     assert (one["processes"], first["processes"], second["processes"]) == (1, 2, 2)
     assert one["adapter"].keys() == first["adapter"].keys()
-    moved = [(first["adapter"][name] - tensor).abs().max().item() for name, tensor in one["adapter"].items()]
     return {
         "backend": backend,
         "method": method,
         "losses": first["losses"],
         "loss_difference": max(abs(a - b) for a, b in zip(one["losses"], first["losses"], strict=True)),
-        "adapter_difference": max(moved),
+        "adapter_difference": distance(one["adapter"], first["adapter"]),
+        "adapter_moved": distance(one["start"], one["adapter"]),
         "equal_on_both": all(
             torch.equal(tensor, second["adapter"][name]) for name, tensor in first["adapter"].items()
         ),
     }
 
 
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    return max((tensor - right[name]).abs().max().item() for name, tensor in left.items())
+
+
 def table(found: list[dict]) -> str:
     methods = list(dict.fromkeys(entry["method"] for entry in found))
     by_place = {(entry["backend"], entry["method"]): entry for entry in found}
     lines = [f"| 2 processes × 2 | {' | '.join(methods)} | same on both |", f"| --- |{' ---: |' * len(methods)} --- |"]
+    moved = (f"{by_place[found[0]['backend'], method]['adapter_moved']:.0e}" for method in methods)
+    lines.append(f"| {ONE} moves the adapter by | {' | '.join(moved)} | |")
     for backend in dict.fromkeys(entry["backend"] for entry in found):
         entries = [by_place[backend, method] for method in methods]
         cells = [f"{entry['loss_difference']:.0e}, {entry['adapter_difference']:.0e}" for entry in entries]
@@ -234,7 +243,10 @@ def main() -> None:
     print("Largest difference from one process × 4: of the losses, of the adapter's numbers\n")
     print(table(found))
     if options.record:
-        write_json(options.record, {"environment": environment(), "results": found})
+        facts = environment()
+        if is_deepspeed_available():
+            facts["versions"]["deepspeed"] = version("deepspeed")
+        write_json(options.record, {"environment": facts, "results": found})
 
 
 if __name__ == "__main__":
