@@ -38,8 +38,10 @@ class RefLoraCallback(TrainerCallback):
 
     Raises:
         ValueError: at construction for a value out of range; when training starts, if there is no trainable LoRA pair,
-            the optimizer needs a closure, or the backend is not supported. `RefLoraTrainer` and `RefLoraSFTTrainer`
-            raise the latter at construction, too.
+            the optimizer needs a closure or steps inside the backward pass, or the backend is not supported.
+            `RefLoraTrainer`, `RefLoraSFTTrainer` and `RefLoraDPOTrainer` raise the latter at construction.
+        NotImplementedError: when training starts, for RefLoRA-S as rescaling with 16-bit factors under ZeRO-0 (use
+            `form="precondition"`), and for factors that are sharded otherwise than by FSDP2's rows.
 
     Example:
         >>> trainer = SFTTrainer(..., peft_config=LoraConfig(), callbacks=[RefLoraCallback(warmup_steps=100)])

@@ -96,7 +96,7 @@ def runs(model, tmp_path_factory):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_recipe_runs_and_is_the_same_everywhere(runs, model, name):
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs deepspeed: pip install 'hf_reflora[deepspeed]'")
+        pytest.skip("needs deepspeed: pip install -e '.[deepspeed]'")
     record = json.loads((runs(name) / "run_record.json").read_text(encoding="utf-8"))
     ddp = json.loads((runs("ddp") / "run_record.json").read_text(encoding="utf-8"))
     assert (record["backend"], record["processes"]) == (BACKENDS[name], 2)
