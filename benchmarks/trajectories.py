@@ -8,6 +8,7 @@ the losses and the adapter's numbers differ from the one process, and whether bo
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def spread(model: torch.nn.Module) -> None:
 
 def worker(folder: str, backends: list[str], methods: list[str]) -> None:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # train() collects garbage, which takes longer than these few steps
     rank = int(os.environ.get("RANK", 0))
     for backend in backends:
         for method in methods:

@@ -21,6 +21,11 @@ def partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def in_parts(parameter: Tensor) -> bool:
+    """Whether FSDP2 or tensor parallelism keeps the parameter in parts, or DeepSpeed what its optimizer steps on."""
+    return isinstance(parameter, DTensor) or partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 @contextmanager
 def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
     """Within it ZeRO-3's parameters are whole. With `write`, what the main process has written is kept by all."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from . import refactor
 from .dtensors import part, put_, whole
 from .pairs import LoraPair, dense_gradient
+from .sharded import in_parts
 
 
 METHODS = ("reflora", "reflora_s")
@@ -208,7 +209,7 @@ def _held(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:
     """The pairs that `optimizer` updates: another adapter's may be trainable, too."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = [pair for pair in pairs if id(pair.A) in held and id(pair.B) in held]
-    if pairs and not found:
+    if not found and any(in_parts(pair.A) for pair in pairs):
         raise ValueError(
             f"RefLoRA looked for the {len(pairs)} LoRA pairs of the model in the optimizer, but it holds other "
             "parameters: it was made before the model was sharded, or DeepSpeed partitions them. Make the optimizer "

@@ -166,7 +166,7 @@ def test_imports_go_one_way():
         "backend": set(),
         "pairs": set(),
         "sharded": {"dtensors"},
-        "step": {"dtensors", "refactor", "pairs"},
+        "step": {"dtensors", "refactor", "pairs", "sharded"},
         "zero": {"pairs", "refactor", "sharded", "step"},
         "optimizer": {"pairs", "step"},
         "callbacks": {"backend", "optimizer", "pairs", "sharded", "step", "zero"},

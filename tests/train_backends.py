@@ -3,6 +3,7 @@
 Every process writes for every case what it raised, or nothing. One process group serves all.
 """
 
+import gc
 import json
 import sys
 import traceback
@@ -385,6 +386,8 @@ def broken_forward(out: Path) -> None:
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # as conftest.py does
     trajectories.arguments("DDP", str(out))  # the process group
     found = {}
     for name in names or CASES:
