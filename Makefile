@@ -34,7 +34,7 @@ cards: $(VENV)/demo ## Render model_cards/ anew from the records
 	done
 
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (under 10 minutes on 2 cores)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test ## Check style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

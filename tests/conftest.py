@@ -17,6 +17,10 @@ collect_ignore = [] if "HUB_TESTS" in os.environ else ["hub"]
 
 
 def pytest_collection_modifyitems(items):
+    # Processes take a file each, in this order: the long ones first, so that none is left at the end.
+    files = {item: item.nodeid.split("::")[0] for item in items}
+    long = {files[item] for item in items if "slow" in item.keywords} | {"tests/test_peft_suite.py"}
+    items.sort(key=lambda item: files[item] not in long)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
