@@ -165,12 +165,12 @@ def tiny_arguments(tiny_model, output_dir, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_script_end_to_end(tiny_model, tmp_path, processes):
-    output = run(*launch(processes), "recipes/sft_reflora.py", *tiny_arguments(tiny_model, tmp_path, "reflora"))
+def test_script_end_to_end(tiny_model, tmp_path):
+    """In one process; test_accelerate.py has several."""
+    output = run(*launch(1), "recipes/sft_reflora.py", *tiny_arguments(tiny_model, tmp_path, "reflora"))
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
     assert record["method"] == "reflora"
-    assert record["processes"] == processes
+    assert record["processes"] == 1
     assert record["scores"]["rows"] == 6
     before, after = record["scores"]["before"], record["scores"]["after"]
     assert set(before) == {"loss", "mean_token_accuracy", "exact", "valid_json", "right_tool", "argument_f1"}
@@ -179,7 +179,7 @@ def test_script_end_to_end(tiny_model, tmp_path, processes):
     assert record["train_rows"] == 24
     assert record["environment"]["versions"]["peft"]
     losses = [entry for entry in record["log"] if "loss" in entry]
-    assert len(losses) == 24 // (4 * processes)
+    assert len(losses) == 24 // 4
     assert all("reflora/norm_A" in entry for entry in losses)
     assert "reflora/balance_residual" in losses[-1]  # not in the first: warm-up starts at 0, so B is still 0
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -293,6 +293,7 @@ def test_real_model_gives_chat_answers(tmp_path):
     run(
         *(Path(sys.executable).parent / "accelerate", "launch", *arguments),
         *("--max_steps", "2", "--dataset_test_split", "test[:2]", "--output_dir", tmp_path, "--logging_steps", "1"),
+        *("--score_max_new_tokens", "32"),
         HF_HOME=str(tmp_path / "hf"),
     )
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
