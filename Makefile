@@ -33,7 +33,7 @@ cards: $(VENV)/demo ## Render model_cards/ anew from the records
 		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
 	done
 
-test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (under 10 minutes on 2 cores)
+test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (about 12 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test ## Check style

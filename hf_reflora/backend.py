@@ -6,16 +6,22 @@ from torch.optim import Optimizer
 from transformers.utils import is_sagemaker_mp_enabled
 
 
+def _state() -> AcceleratorState | None:
+    """accelerate's state, where something has started it."""
+    return AcceleratorState() if AcceleratorState._shared_state else None
+
+
 def is_deepspeed() -> bool:
     """Whether DeepSpeed trains, which takes the optimizer's step inside the backward pass."""
-    return bool(AcceleratorState._shared_state) and AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+    state = _state()
+    return state is not None and state.distributed_type == DistributedType.DEEPSPEED
 
 
 def backend_name() -> str:
     """The backend as a person says it, such as "MULTI_GPU", "FSDP2" or "DeepSpeed ZeRO-2"."""
-    if not AcceleratorState._shared_state:
+    state = _state()
+    if state is None:
         return PartialState().distributed_type.value
-    state = AcceleratorState()
     if is_deepspeed():
         return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
     return "FSDP2" if state.is_fsdp2 else state.distributed_type.value
@@ -23,10 +29,8 @@ def backend_name() -> str:
 
 def steps_on_float32() -> bool:
     """Whether 16-bit parameters in a forward pass are copies, of float32 ones that the optimizer steps on."""
-    if not AcceleratorState._shared_state:
-        return False
-    state = AcceleratorState()
-    return (is_deepspeed() or state.is_fsdp2) and state.mixed_precision in ("fp16", "bf16")
+    state = _state()
+    return state is not None and (is_deepspeed() or state.is_fsdp2) and state.mixed_precision in ("fp16", "bf16")
 
 
 def check_backend(what: str) -> None:
@@ -37,9 +41,9 @@ def check_backend(what: str) -> None:
     """
     if is_sagemaker_mp_enabled():
         raise ValueError(f"{what} does not support SageMaker's model parallelism. Train with FSDP2 or DeepSpeed.")
-    if not AcceleratorState._shared_state:
+    state = _state()
+    if state is None:
         return
-    state = AcceleratorState()
     if state.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError(
             f"{what} does not support Megatron-LM, which takes the optimizer's step by itself. Train with FSDP2, "

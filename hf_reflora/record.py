@@ -182,11 +182,15 @@ class RunRecordCallback(TrainerCallback):
         """On all processes where the model is sharded."""
         self.record["diagnostics"] = diagnostics(self._model.active_peft_config, adapter_tensors(self._model))
 
+    def _write_together(self, folder: str | os.PathLike) -> None:
+        """`write` on all processes, which a sharded model's diagnostics need."""
+        if is_sharded(self._model):
+            self._diagnose()
+        self.write(folder)
+
     def on_save(self, args, state, control, **kwargs):
         if self._saved != state.global_step:  # the trainers of hf_reflora call it themselves, earlier
-            if is_sharded(self._model):
-                self._diagnose()
-            self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._write_together(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self._saved = state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -197,9 +201,7 @@ class RunRecordCallback(TrainerCallback):
             best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
             if best:
                 self.on_evaluate(args, state, control, metrics=best[-1])
-        if is_sharded(self._model):
-            self._diagnose()
-        self.write(args.output_dir)
+        self._write_together(args.output_dir)
 
     def _refresh(self) -> None:
         """What changes while training goes on."""

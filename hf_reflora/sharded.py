@@ -21,9 +21,14 @@ def partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def linked(parameter: Tensor) -> bool:
+    """Whether DeepSpeed steps on a float32 copy in parts that the parameter leads to: ZeRO-1, 2 and 3."""
+    return partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 def in_parts(parameter: Tensor) -> bool:
     """Whether FSDP2 or tensor parallelism keeps the parameter in parts, or DeepSpeed what its optimizer steps on."""
-    return isinstance(parameter, DTensor) or partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+    return isinstance(parameter, DTensor) or linked(parameter)
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def write_(parameter: nn.Parameter, value: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param
 
         safe_set_local_fp32_param(parameter, parameter.ds_tensor.float())
-    elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
+    elif linked(parameter):  # ZeRO-1 and 2
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.float())
@@ -57,8 +62,7 @@ def write_(parameter: nn.Parameter, value: Tensor) -> None:
 def check_reachable(model: nn.Module, what: str) -> None:
     """Raises a NotImplementedError for 16-bit parameters whose float32 copies DeepSpeed's ZeRO-0 keeps to itself."""
     for name, parameter in model.named_parameters():
-        linked = partitioned(parameter) or hasattr(parameter, "_hp_mapping")
-        if parameter.requires_grad and not linked and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.requires_grad and not linked(parameter) and parameter.dtype in (torch.float16, torch.bfloat16):
             raise NotImplementedError(
                 f"{what} changes {name}, which is {parameter.dtype}, but DeepSpeed's ZeRO-0 steps on a float32 copy "
                 "that cannot be changed from here. Use ZeRO-1, 2 or 3, or train in float32."

@@ -74,7 +74,12 @@ def deploy_space(
         zero_gpu = hardware is not None and hardware.startswith("zero")
         fill(folder, base=base, adapters=adapters, license=license, zero_gpu=zero_gpu)
         check_files(folder, [folder / name for name in FILES], secrets.values())
-        variables = {"BASE_MODEL": base, "ADAPTERS": ",".join(adapters)}
+        names = [adapter.rpartition("/")[2] for adapter in adapters]
+        listed = [
+            f"{adapter}={adapter}" if names.count(name) > 1 else adapter
+            for adapter, name in zip(adapters, names, strict=True)
+        ]
+        variables = {"BASE_MODEL": base, "ADAPTERS": ",".join(listed)}
         repo = hub.prepare_space(
             repo_id, token=token, private=private, hardware=hardware, variables=variables, secrets=secrets
         )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .pairs import LoraPair
 from .refactor import ieee_arithmetic
-from .sharded import gathered, partitioned
+from .sharded import gathered, linked, partitioned
 from .step import RefLora, moment_degree
 
 
@@ -73,7 +73,7 @@ def rescale_(reflora: RefLora, pairs: Sequence[LoraPair], optimizer: Optimizer) 
         )
     factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
     with gathered(factors):
-        roots = [s.sqrt().item() for s in reflora.scalars(pairs, optimizer)]
+        roots = torch.stack(reflora.scalars(pairs, optimizer)).sqrt().tolist()
     scales = [scale for root in roots for scale in (root, 1 / root)]
     kept = {
         name: moment_degree(optimizer, name, value)
@@ -102,7 +102,7 @@ def _scale_state(factor: Tensor, scale: float, degrees: dict[str, int], optimize
         for name, degree in degrees.items():
             moment = safe_get_local_optimizer_state(factor, name)
             safe_set_local_optimizer_state(factor, moment / scale**degree, name)
-    elif hasattr(factor, "_hp_mapping"):
+    elif linked(factor):
         if factor._hp_mapping is not None:  # this process owns a part of it
             factor._hp_mapping.get_hp_fragment(None).data.mul_(scale)
             for name, degree in degrees.items():

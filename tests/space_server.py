@@ -14,12 +14,30 @@ import tiny
 
 APP = Path(__file__).parent.parent / "spaces" / "before_after" / "app.py"
 EXAMPLES = ["2 + 2 =", "Hello"]
+CARD = """---
+license: mit
+---
+# A name of its own
+
+What it was made for.
+
+![Training loss](training.png)
+
+| score | before | after |
+| --- | ---: | ---: |
+| exact | 0.0 | 0.5 |
+
+```python
+model = PeftModel.from_pretrained(base, "a/very/long/path/to/this/adapter", "and", "what", "else", "may", "be", "said")
+```
+
+[A paper](https://huggingface.co/papers/2505.18877)
+"""
 
 
 def models(root: Path) -> tuple[Path, dict[str, Path]]:
-    """A base model and two adapters; the first one has a run record."""
-    tiny.llama(max_position_embeddings=512).save_pretrained(root / "base")
-    tiny.tokenizer().save_pretrained(root / "base")
+    """A base model and two adapters; the first one has a run record and a card."""
+    tiny.save(root / "base", max_position_embeddings=512)
     adapters = {}
     for seed, name in enumerate(["first", "second"]):
         adapters[name] = root / name
@@ -36,6 +54,8 @@ def models(root: Path) -> tuple[Path, dict[str, Path]]:
         "arguments": {"system_prompt": "Be brief."},
     }
     (adapters["first"] / "run_record.json").write_text(json.dumps(record), encoding="utf-8")
+    (adapters["first"] / "README.md").write_text(CARD, encoding="utf-8")
+    (adapters["second"] / "README.md").unlink()  # PEFT's
     return root / "base", adapters
 
 

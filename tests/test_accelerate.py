@@ -42,8 +42,7 @@ def test_configurations_load(name):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.llama(max_position_embeddings=1024).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder, max_position_embeddings=1024)
     return folder
 
 

@@ -225,8 +225,7 @@ def test_no_process_overwrites_a_checkpoint_that_is_whole(tmp_path, unbroken):
 @pytest.mark.slow
 def test_the_recipe_killed_and_resumed(tmp_path):
     """Its record and its card are the whole run's."""
-    tiny.llama(max_position_embeddings=1024).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.save(tmp_path / "model", max_position_embeddings=1024)
     run = Run(tmp_path / "out", recipe=tmp_path / "model", die=("before", "optimizer.pt"))
     assert run.end() == [KILLED], run.log()
     assert steps(run.out) == {2: True, 4: False}

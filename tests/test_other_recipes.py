@@ -80,8 +80,7 @@ def test_wrong_options_raise(recipe, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.llama().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder)
     return folder
 
 

@@ -35,8 +35,7 @@ BF16 = 2.0**-8  # of rounding to nearest
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("base")
-    tiny.llama(hidden_size=64, intermediate_size=64).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder, hidden_size=64, intermediate_size=64)
     return str(folder)
 
 

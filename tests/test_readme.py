@@ -77,8 +77,7 @@ def test_snippets_run(snippet, tmp_path):
     from torch.optim import Optimizer
     from trl import SFTConfig, SFTTrainer
 
-    tiny.llama().save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.save(tmp_path)
     model, config = repr(str(tmp_path)), "args=args, "
     snippet = snippet.replace('"HuggingFaceTB/SmolLM2-135M-Instruct",', f"{model}, {config}")
     snippet = snippet.replace("(..., ", f"(model={model}, {config} train_dataset=dataset, ")
@@ -141,7 +140,9 @@ def test_initialization_tables_are_the_record():
 def test_side_by_side_table_is_the_record():
     record = json.loads(side_by_side.RECORD.read_text(encoding="utf-8"))
     assert side_by_side.table(record) in README
-    assert record["differences"]["in turn"] == 0
+    assert f"where the engine chose {record['chosen']} (" in README
+    assert record["differences"]["in turn"] == {"alone": 0, "in a batch as large": 0}
+    assert record["differences"]["mixed batch"]["in a batch as large"] == 0
     assert record["environment"]["uncommitted_changes"] is False
 
 

@@ -149,8 +149,7 @@ def test_embedded_model_is_only_for_its_name(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.llama(max_position_embeddings=1024).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save(folder, max_position_embeddings=1024)
     return folder
 
 

@@ -1,10 +1,4 @@
-"""The Space's configuration, and its function as ZeroGPU calls it, with the app in a process of its own."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Space's configuration: front matter and variables."""
 
 import pytest
 from space_server import models
@@ -12,14 +6,7 @@ from space_server import models
 from hf_reflora.space import fill
 
 
-FORKED = Path(__file__).parent / "space_forked.py"
 VARIABLES = ("BASE_MODEL", "ADAPTERS", "SYSTEM_PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "SEED")
-
-
-def run(folder, **environment):
-    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, FORKED, folder]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +17,6 @@ def folder(tmp_path_factory):
     base, adapters = models(root)
     fill(root / "space", base=str(base), adapters=[str(path) for path in reversed(adapters.values())])
     return root / "space"
-
-
-def test_a_forked_worker_says_the_same(folder):
-    done = run(folder, MAX_NEW_TOKENS="7", TEMPERATURE="0.5", TOP_P="0.9", SEED="11", SYSTEM_PROMPT="As a pirate.")
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["stopped"] == 2
-    assert len(found["here"]) == 4
-    assert found["there"] == found["here"]
-    assert len({tuple(sides) for sides in found["here"]}) >= 3
-    page = found["page"]
-    assert page["Adapter"] == "second"  # the first of the front matter's
-    assert page["System prompt"] == "As a pirate."
-    assert page["Longest answer, in tokens"] == 7
-    assert page["Temperature (0: likeliest token)"] == 0.5
-    assert page["Top-p"] == 0.9
-    assert page["Seed (the same luck for both)"] == 11
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +33,9 @@ def app(folder):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"TEMPERATURE": "hot"}, "could not convert string to float: 'hot'"),
+        ({"TEMPERATURE": "hot"}, "temperature must be a number, not 'hot'"),
         ({"TOP_P": "0"}, "top-p must be above 0 and at most 1, not 0.0"),
-        ({"MAX_NEW_TOKENS": "1e9"}, "invalid literal for int"),
+        ({"MAX_NEW_TOKENS": "1e9"}, "max_new_tokens must be a whole number, not '1e9'"),
     ],
 )
 def test_wrong_settings_end_the_start(app, monkeypatch, environment, message):
@@ -84,6 +54,44 @@ def test_variables_go_before_the_front_matter(app, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "a/x,b/x")
     with pytest.raises(ValueError, match="Two adapters are called x"):
         app.configured()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[]",
+        "{",
+        '{"scores": []}',
+        '{"log": []}',
+        '{"method": 1, "examples": [{}]}',
+        '{"scores": {"before": {"a": null}}}',
+    ],
+)
+def test_a_run_record_of_somebody_else_is_no_run_record(app, tmp_path, record):
+    (tmp_path / "run_record.json").write_text(record, encoding="utf-8")
+    (tmp_path / "README.md").write_text("# A card", encoding="utf-8")
+    found = app.Results(str(tmp_path))
+    assert (found.text, found.scores, found.examples, found.card) == ("It has no run record.", [], [], "# A card")
+
+
+@pytest.mark.parametrize("front_matter", ["license: mit", "- a list", "a: [", ""])
+def test_a_card_is_shown_without_its_front_matter(app, tmp_path, front_matter):
+    """Whatever is in it."""
+    (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n# A card\n\n---\nThe end.", encoding="utf-8")
+    assert app.Results(str(tmp_path)).card.strip() == "# A card\n\n---\nThe end."
+
+
+def test_differences_put_both_answers_together(app):
+    base, adapted = "The cat sat on the mat. " * 40, "The dog sat on a mat! " * 30
+    parts = app.differences(base, adapted)
+    assert "".join(text for text, who in parts if who != "adapter") == base
+    assert "".join(text for text, who in parts if who != "base") == adapted
+    assert app.differences("so", "so") == [("so", None)]
+    assert app.differences("", "") == [("Both are empty.", None)]
+
+
+def test_without_a_variable_the_system_prompt_is_the_records(app):
+    assert app.SYSTEM_PROMPTS == {"second": "", "first": "Be brief."}
 
 
 def test_without_models_the_start_says_what_to_set(app, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,14 +10,22 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    DynamicCache,
+    MistralConfig,
+    Qwen3NextConfig,
+)
 
 from hf_reflora import LoraSbConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "spaces" / "before_after"))
 
-from engine import CannotAnswer, Engine, Settings, settings_of
+import engine as engine_module
+from engine import CannotAnswer, Engine, Settings, _Pass, settings_of
 
 
 NAMES = ["org/model-1.5", "lora", "__base__"]  # awkward as names of adapters in PEFT
@@ -27,8 +36,7 @@ PROMPTS = ["2 + 2 =", "Hello", "a longer prompt, with some more words in it"]
 def folders(tmp_path_factory):
     """A base model and three adapters: two that change it, one that does not."""
     root = tmp_path_factory.mktemp("space")
-    tiny.llama().save_pretrained(root / "base")
-    tiny.tokenizer().save_pretrained(root / "base")
+    tiny.save(root / "base")
     for seed in range(2):
         model = tiny.lora(tiny.llama(), seed=seed)
         for layer in model.modules():
@@ -39,9 +47,15 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def engine(folders):
+def three(folders):
     return Engine(str(folders / "base"), {name: str(folders / f"adapter{i}") for i, name in enumerate(NAMES)})
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "mixed batch"])
+def engine(folders, request):
+    engine = three(folders)
+    engine._mixed = dict.fromkeys(NAMES, request.param)
+    return engine
 
 
 def last(iterator):
@@ -69,12 +83,21 @@ def test_each_side_is_what_its_model_says_alone(engine, folders, prompt, i):
     assert base.text != adapted.text
 
 
-def test_the_base_side_is_the_pristine_base_to_the_bit(engine, folders):
+@pytest.mark.parametrize("sides", [[False], [False, True]], ids=["in turn", "mixed batch"])
+def test_the_base_side_is_the_pristine_base_to_the_bit(engine, folders, sides):
+    """Of the same batch: what a row is must not depend on the adapter of the other one."""
     pristine = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32).eval()
-    ids = torch.arange(4, 40)[None]
+    pristine.requires_grad_(False)  # matmul chooses its kernel by this, too
     last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=3)))
-    with torch.inference_mode(), engine.model.disable_adapter():
-        assert torch.equal(engine.model(ids).logits, pristine(ids).logits)
+    ours, cache, tokens = _Pass(engine, sides), DynamicCache(), list(range(4, 40))
+    for _ in range(6):
+        with torch.inference_mode():
+            ids = torch.tensor([tokens] * len(sides))
+            expected = pristine(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        found = ours.logits([tokens] * len(sides))
+        assert torch.equal(found[0], expected)
+        assert not torch.equal(found[-1], expected) or len(sides) == 1
+        tokens = [int(expected.argmax())]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])
@@ -97,7 +120,7 @@ def test_a_seed_gives_the_same_answers_again_and_another_one_others(engine):
 def test_sampling_is_by_the_models_probabilities(engine, folders):
     """Frequencies of the first token over seeds, against softmax at this temperature."""
     model = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
-    ids = torch.tensor([engine._prompt("Hello", "")])
+    ids = torch.tensor([engine.prompt("Hello", NAMES[0])])
     with torch.inference_mode():
         expected = (model(ids).logits[0, -1] / 0.05).softmax(-1)
     run = 4000
@@ -164,7 +187,7 @@ def test_what_a_visitor_can_change_is_said(engine, prompt, adapter, message):
 
 def test_a_prompt_that_leaves_little_room_is_answered_as_far_as_it_goes(engine):
     prompt = "x" * 80
-    room = 128 - len(engine._prompt(prompt, ""))
+    room = 128 - len(engine.prompt(prompt, "lora"))
     base, adapted = last(engine.compare(prompt, "lora", Settings(max_new_tokens=100)))
     assert (base.tokens, adapted.tokens) == (room, room)
 
@@ -178,6 +201,9 @@ def test_a_prompt_that_leaves_little_room_is_answered_as_far_as_it_goes(engine):
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top-p must be above 0"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"seed": float("inf")}, "seed must be a whole number, not inf"),
+        ({"top_p": "much"}, "top_p must be a number, not 'much'"),
     ],
 )
 def test_settings_out_of_range(values, message):
@@ -235,6 +261,187 @@ def test_a_generator_may_be_driven_from_several_threads(engine):
     assert len(found) == 6
     answers.close()
     assert not engine._lock.locked()
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+EXPERTS |= {"shared_expert_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["in turn", "mixed batch"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SMALL, num_hidden_layers=2, sliding_window=8),
+        Qwen3NextConfig(**SMALL, **HEADS, **EXPERTS, num_hidden_layers=4),
+    ],
+    ids=["sliding windows", "linear attention"],
+)
+def test_other_caches(folders, tmp_path, config, mixed):
+    """Also where one side ends first: its row leaves the cache."""
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config.vocab_size, config.eos_token_id, config.pad_token_id = len(tokenizer), tokenizer.eos_token_id, 0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    engine = Engine(str(tmp_path / "base"), {"x": str(tmp_path / "adapter")})
+    engine._mixed = {"x": mixed}
+    sides = last(engine.compare("Hello", "x", Settings(max_new_tokens=24)))
+    expected = [greedy(tmp_path, "Hello", tokens=24), greedy(tmp_path, "Hello", "adapter", tokens=24)]
+    assert [side.text for side in sides] == expected
+    base, adapted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in expected)
+    end = next(token for token in base if token not in adapted)
+    engine._ends = {end}
+    sides = last(engine.compare("Hello", "x", Settings(max_new_tokens=24)))
+    assert [side.ended for side in sides] == ["end of text", "length"]
+    assert [side.text for side in sides] == [tokenizer.decode(base[: base.index(end)]).rstrip("\ufffd"), expected[1]]
+
+
+def save_adapter(folder, **config):
+    model = get_peft_model(tiny.llama(), LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **config}))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_B", "modules_to_save", "trainable_tokens_delta")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def count_hooks(engine):
+    return sum(len(layer._forward_pre_hooks) + len(layer._forward_pre_hooks_with_kwargs) for layer in engine._layers)
+
+
+def test_the_faster_way_is_measured(folders):
+    """With a model that sleeps: for each row, or for each pass."""
+    engine = three(folders)
+    model = engine.model.get_base_model().model
+    for i, sleep in enumerate([lambda rows: 0.03 * (rows > 1), lambda rows: 0.03]):
+        hook = model.embed_tokens.register_forward_pre_hook(lambda _, inputs, s=sleep: time.sleep(s(len(inputs[0]))))
+        sides = last(engine.compare("Hello", NAMES[i], Settings(max_new_tokens=12)))
+        hook.remove()
+        assert engine._mixed == dict(zip(NAMES, [False, True][: i + 1], strict=False))
+        assert [side.text for side in sides] == [greedy(folders, "Hello"), greedy(folders, "Hello", f"adapter{i}")]
+
+
+def test_a_base_row_that_is_not_the_bases_is_not_shown(folders):
+    engine = Engine(str(folders / "base"), {"x": str(folders / "adapter0")})
+
+    def leak(module, inputs, output):
+        if len(output) == 2 and not next(iter(engine._layers))._disable_adapters:
+            output[0] += 1e-6 * output[1]
+
+    engine.model.get_base_model().model.embed_tokens.register_forward_hook(
+        lambda _, inputs, output: time.sleep(0.03)  # a mixed batch would be faster
+    )
+    engine.model.get_base_model().lm_head.register_forward_hook(leak)
+    base, _ = last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))
+    assert engine._mixed == {"x": False}
+    assert base.text == greedy(folders, "Hello")
+
+
+def test_dora_has_no_mixed_batch(folders):
+    save_adapter(folders / "dora", use_dora=True)
+    engine = Engine(str(folders / "base"), {"dora": str(folders / "dora"), "lora": str(folders / "adapter0")})
+    before = count_hooks(engine)
+    sides = last(engine.compare("Hello", "dora", Settings(max_new_tokens=12)))
+    assert engine._mixed == {"dora": False}
+    assert count_hooks(engine) == before
+    assert [side.text for side in sides] == [greedy(folders, "Hello"), greedy(folders, "Hello", "dora")]
+    sides = last(engine.compare("Hello", "lora", Settings(max_new_tokens=12)))
+    assert [side.text for side in sides] == [greedy(folders, "Hello"), greedy(folders, "Hello", "adapter0")]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_adapters_with_modules_and_tokens_of_their_own_beside_a_plain_one(folders, order):
+    sources = [
+        save_adapter(folders / "plain"),
+        save_adapter(folders / "modules", modules_to_save=["lm_head"]),
+        save_adapter(folders / "tokens", trainable_token_indices={"embed_tokens": list(range(4, 100))}),
+    ]
+    engine = Engine(str(folders / "base"), {Path(sources[i]).name: sources[i] for i in order})
+    for name in ["plain", "modules", "tokens", "plain"]:
+        base, adapted = last(engine.compare("Hello", name, Settings(max_new_tokens=12)))
+        assert base.text == greedy(folders, "Hello"), name
+        assert adapted.text == greedy(folders, "Hello", name), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, r"changes the base model where it is loaded \(init_lora_weights='pissa'\)"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"bias": "lora_only"}, "can't show adapters with bias"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "can't show adapters with layer_replication"),
+        ({"alora_invocation_tokens": [5, 6]}, "can't show adapters with alora_invocation_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_adapters_that_would_change_the_base_are_refused(folders, tmp_path, config, message):
+    source = save_adapter(tmp_path / "adapter", **config)
+    with pytest.raises(ValueError, match=message):
+        Engine(str(folders / "base"), {"x": source})
+
+
+def test_a_long_prompt_is_read_in_pieces(engine, folders, monkeypatch):
+    """So that Stop need not wait for all of it."""
+    monkeypatch.setattr(engine_module, "PIECE", 8)
+    prompt = "a longer prompt, with some more words in it"
+    steps = list(engine.compare(prompt, NAMES[0], Settings(max_new_tokens=12)))
+    assert [side.text for side in steps[-1]] == [greedy(folders, prompt), greedy(folders, prompt, "adapter0")]
+    pieces = (len(engine.prompt(prompt, NAMES[0])) - 1) // 8
+    empty = [sides for sides in steps if not any(side.tokens for side in sides)]
+    assert len(empty) == pieces * (1 if engine._mixed[NAMES[0]] else 2)
+    answers = engine.compare(prompt, NAMES[0])
+    next(answers)
+    answers.close()
+    assert not engine._lock.locked()
+    assert last(engine.compare(prompt, NAMES[0], Settings(max_new_tokens=12)))[0].text == steps[-1][0].text
+
+
+def test_the_measurement_can_be_stopped(folders):
+    engine = Engine(str(folders / "base"), {"x": str(folders / "adapter0")})
+    answers = engine.compare("Hello", "x")
+    assert [side.tokens for side in next(answers)] == [0, 0]
+    answers.close()
+    assert engine._mixed == {}
+    assert not engine._lock.locked()
+    assert last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))[0].text == greedy(folders, "Hello")
+
+
+def test_half_a_character_is_no_error(engine):
+    assert engine.prompt("a\ud800b", NAMES[0], "\udfff") == engine.prompt("a?b", NAMES[0], "?")
+
+
+def test_a_template_may_refuse_a_system_prompt(engine, monkeypatch):
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    monkeypatch.setattr(engine.tokenizer, "chat_template", refuse + engine.tokenizer.chat_template)
+    assert engine.prompt("Hello", NAMES[0])
+    with pytest.raises(CannotAnswer, match="This model takes no system prompt: leave it empty"):
+        engine.prompt("Hello", NAMES[0], "Be brief.")
+
+
+def test_a_completion_goes_on_where_a_tokenizer_ends_the_text(engine, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    ids = engine.prompt("Hello", NAMES[0])
+    monkeypatch.setattr(engine, "tokenizer", lambda text: {"input_ids": [*ids, engine.model.config.eos_token_id]})
+    engine.tokenizer.chat_template = None
+    assert engine.prompt("Hello", NAMES[0]) == ids
+
+
+def test_a_model_without_a_longest_context(folders, tmp_path):
+    config = BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4, eos_token_id=1, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(folders / "base").save_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    engine = Engine(str(tmp_path / "base"), {"x": str(tmp_path / "adapter")})
+    assert last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))[0].text == greedy(tmp_path, "Hello")
 
 
 def test_other_kinds_of_adapters_are_refused(folders, tmp_path):

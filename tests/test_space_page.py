@@ -156,10 +156,6 @@ def test_a_flood_is_refused_and_the_server_lives(space, client):
         pytest.fail("the server did not come back")
 
 
-def test_nothing_internal_is_said(space):
-    assert "Traceback" not in space.output()
-
-
 browser_test = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, as `apt-get install chromium` puts it")
 
 
@@ -253,14 +249,47 @@ def test_an_error_is_said_at_its_place(page):
 
 @browser_test
 def test_switching_the_adapter_shows_its_run(page):
+    compare(page, tokens=6)
+    wait_for_end(page)
     page.get_by_role("button", name="The adapter's training run").click()
     page.get_by_text("Trained with reflora.").wait_for()
     assert page.get_by_text("0.5").count() >= 1
+    page.get_by_role("button", name="The adapter's card").click()
+    page.get_by_text("What it was made for.").wait_for()
+    assert page.get_by_text("license: mit").count() == page.locator("img[alt='Training loss']").count() == 0
     page.get_by_label("Adapter", exact=True).first.click()
     page.get_by_role("option", name="second").click()
     page.get_by_text("It has no run record.").wait_for()
+    assert text_of(page, "base") == text_of(page, "adapted") == ""
+    page.get_by_role("button", name="The adapter's card").wait_for(state="hidden")
+    page.get_by_role("button", name="Compare").click()
+    wait_for_end(page)
+    assert page.get_by_label("System prompt").input_value() == ""
+    page.get_by_label("System prompt").fill("My own.")
+    page.get_by_label("Adapter", exact=True).first.click()
+    page.get_by_role("option", name="first").click()
+    page.get_by_text("Trained with reflora.").wait_for()
+    assert page.get_by_label("System prompt").input_value() == "My own."
+
+
+@browser_test
+def test_switching_the_adapter_stops_the_answer(page):
+    compare(page, tokens=400)
+    page.wait_for_function("document.querySelector('#adapted textarea').value.length > 0", timeout=60_000)
+    page.get_by_label("Adapter", exact=True).first.click()
+    page.get_by_role("option", name="second").click()
+    page.wait_for_function("document.querySelector('#adapted textarea').value.length == 0", timeout=60_000)
+    time.sleep(1)
+    assert text_of(page, "adapted") == ""
+
+
+@browser_test
+def test_a_missing_seed_is_said_at_its_field(page):
     compare(page, tokens=6)
     wait_for_end(page)
+    page.get_by_label("Seed (the same luck for both)").fill("")
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("Type a whole number.").first.wait_for()
 
 
 @browser_test
@@ -288,9 +317,11 @@ def test_a_phone_stacks_the_answers(page):
 @pytest.mark.parametrize("page", [{}, DARK, PHONE], indirect=True, ids=["light", "dark", "phone"])
 def test_axe_finds_nothing(page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    assert axe.Axe().run(page).response["violations"] == []
     compare(page, tokens=6)
     wait_for_end(page)
     page.get_by_role("button", name="The adapter's training run").click()
+    page.get_by_role("button", name="The adapter's card").click()
     page.wait_for_timeout(500)
     found = axe.Axe().run(page).response["violations"]
     assert [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in found] == []
@@ -302,3 +333,7 @@ def test_it_is_used_by_keyboard_alone(page):
     page.keyboard.type("Hello")
     page.keyboard.press("Shift+Enter")
     page.get_by_text("tokens/s").nth(1).wait_for(timeout=60_000)
+
+
+def test_nothing_internal_is_said(space):
+    assert "Traceback" not in space.output()

@@ -38,6 +38,12 @@ def llama(seed: int = 0, **config) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(pad_token_id=0, bos_token_id=None, eos_token_id=1, **config))
 
 
+def save(folder, **config) -> None:
+    """A base model and its tokenizer, as a folder that `from_pretrained` takes."""
+    llama(**config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)

@@ -7,6 +7,11 @@ Without them the `models` in README.md's front matter are taken: the base model,
 MAX_NEW_TOKENS, TEMPERATURE, TOP_P and SEED set what the page starts with.
 """
 
+try:
+    from spaces import GPU  # ZeroGPU's, before anything that imports torch; without effect elsewhere
+except ImportError:
+    GPU = None
+
 import difflib
 import os
 import re
@@ -20,14 +25,15 @@ from huggingface_hub import metadata_load
 from results import Results
 
 
-try:
-    from spaces import GPU  # ZeroGPU's; without effect elsewhere
-except ImportError:
-    GPU = None
-
 QUEUE = 20
 LONGEST_PROMPT = 20_000  # characters
-CSS = "footer {display: none !important}"
+NOT_YET = [("They appear when both answers have ended.", None)]  # Gradio's own empty box is not accessible
+CSS = """
+footer {display: none !important}
+/* Gradio's code blocks scroll where the keyboard can't, and their colours are too pale. */
+#card pre, #card code {white-space: pre-wrap; overflow-wrap: anywhere}
+#card .token, #card a {color: inherit !important}
+"""
 
 
 def configured() -> tuple[str, dict[str, str]]:
@@ -66,21 +72,19 @@ BASE, ADAPTERS = configured()
 DEFAULTS, SYSTEM_PROMPT = configured_settings(), os.environ.get("SYSTEM_PROMPT", "")
 ENGINE = Engine(BASE, ADAPTERS)
 RESULTS = {name: Results(source) for name, source in ADAPTERS.items()}
+SYSTEM_PROMPTS = {name: SYSTEM_PROMPT or results.system_prompt for name, results in RESULTS.items()}
 FIRST = next(iter(ADAPTERS))
 
 
-def duration(prompt: str, adapter: str, system: str, max_new_tokens: float, *_: float) -> int:
+def duration(prompt: str, adapter: str, settings: Settings, system: str) -> int:
     """Seconds of a GPU to ask for."""
-    return 15 + int(max_new_tokens) // 8
+    return 15 + settings.max_new_tokens // 8
 
 
-def answer(prompt, adapter, system, max_new_tokens, temperature, top_p, seed) -> Iterator[tuple]:
-    """Both answers as they grow: [base text, adapter text, base facts, adapter facts, differences]."""
-    settings = settings_of(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    base = adapted = None
+def answer(prompt: str, adapter: str, settings: Settings, system: str) -> Iterator[tuple]:
+    """Both answers as they grow: [base text, adapter text, base facts, adapter facts]."""
     for base, adapted in ENGINE.compare(prompt, adapter, settings, system):
-        yield base.text, adapted.text, facts(base), facts(adapted), None
-    yield base.text, adapted.text, facts(base), facts(adapted), differences(base.text, adapted.text)
+        yield base.text, adapted.text, facts(base), facts(adapted)
 
 
 if GPU is not None:
@@ -96,13 +100,21 @@ def compare(
     top_p: float = DEFAULTS.top_p,
     seed: float = DEFAULTS.seed,
 ) -> Iterator[tuple]:
-    """The page's event and the API's `/compare`."""
+    """The page's event and the API's `/compare`: both answers as they grow, and at the end their differences.
+
+    What a visitor can change is said before a GPU is asked for.
+    """
+    system = system or ""
     try:
         if len(prompt) + len(system) > LONGEST_PROMPT:
             raise CannotAnswer(f"The prompt is longer than {LONGEST_PROMPT:,} characters. Shorten it.")
-        yield from answer(prompt, adapter, system, max_new_tokens, temperature, top_p, seed)
+        settings = settings_of(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        ENGINE.prompt(prompt, adapter, system)
     except CannotAnswer as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
+    for outputs in answer(prompt, adapter, settings, system):
+        yield *outputs, NOT_YET
+    yield *outputs, differences(*outputs[:2])
 
 
 def facts(side) -> str:
@@ -112,21 +124,23 @@ def facts(side) -> str:
 
 def differences(base: str, adapted: str) -> list[tuple[str, str | None]]:
     """Words of both answers, marked where only one has them."""
-    left, right = re.findall(r"\s+|\w+|[^\w\s]", base), re.findall(r"\s+|\w+|[^\w\s]", adapted)
+    left, right = (re.findall(r"\w+\s*|[^\w\s]\s*|\s+", text) for text in (base, adapted))
     parts = []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, left, right).get_opcodes():
         if kind == "equal":
             parts.append(("".join(left[a:b]), None))
             continue
         parts += [
             (text, who) for text, who in (("".join(left[a:b]), "base"), ("".join(right[c:d]), "adapter")) if text
         ]
-    return parts
+    return parts or [("Both are empty.", None)]
 
 
-def check(prompt: str, *others: Any) -> list[dict[str, Any]]:
+def check(prompt: str | None, *others: Any) -> list[dict[str, Any]]:
     """What is wrong is said at its field, before the queue."""
-    return [gr.validate(bool(prompt.strip()), "Type a prompt first."), *(gr.validate(True, "") for _ in others)]
+    fine = [gr.validate(True, "") for _ in others[:-1]]
+    seed = gr.validate(others[-1] is not None, "Type a whole number.")
+    return [gr.validate(bool((prompt or "").strip()), "Type a prompt first."), *fine, seed]
 
 
 def page() -> gr.Blocks:
@@ -140,7 +154,7 @@ def page() -> gr.Blocks:
             run = gr.Button("Compare", variant="primary")
             stop = gr.Button("Stop", variant="stop")
         with gr.Accordion("System prompt and sampling", open=False):
-            system = gr.Textbox(first.system_prompt or SYSTEM_PROMPT, label="System prompt", lines=2, max_lines=8)
+            system = gr.Textbox(SYSTEM_PROMPTS[FIRST], label="System prompt", lines=2, max_lines=8)
             with gr.Row():
                 length = gr.Slider(1, 4096, DEFAULTS.max_new_tokens, step=1, label="Longest answer, in tokens")
                 temperature = gr.Slider(
@@ -156,6 +170,7 @@ def page() -> gr.Blocks:
                 adapted_text = gr.Textbox(label="With the adapter", lines=8, buttons=["copy"], elem_id="adapted")
                 adapted_facts = gr.Markdown(label="Adapter: length and speed")
         changes = gr.HighlightedText(
+            NOT_YET,
             label="Differences",
             color_map={"base": "yellow", "adapter": "blue"},
             show_legend=True,
@@ -188,15 +203,22 @@ def page() -> gr.Blocks:
             )
             losses = {"x": "step", "y": "loss", "label": "Training loss", "height": 240}
             curve = gr.LinePlot(first.losses, **losses, visible=not first.losses.empty)
+        with gr.Accordion("The adapter's card", open=False, visible=bool(first.card)) as card:
+            card_text = gr.Markdown(first.card, elem_id="card")
 
-        def chosen(name: str):
+        def chosen(name: str, its_system: str):
+            """Another adapter's run and card. The old one's answers go, a system prompt of the visitor's stays."""
             found = RESULTS[name]
+            its_system = SYSTEM_PROMPTS[name] if its_system in SYSTEM_PROMPTS.values() else its_system
             table = gr.Dataframe(found.scores, visible=bool(found.scores))
-            system_prompt = found.system_prompt or SYSTEM_PROMPT
-            return system_prompt, found.text, table, gr.LinePlot(found.losses, visible=not found.losses.empty)
+            plot = gr.LinePlot(found.losses, visible=not found.losses.empty)
+            its_card = gr.Accordion(visible=bool(found.card))
+            return its_system, found.text, table, plot, its_card, found.card, "", "", "", "", NOT_YET
 
-        adapter.change(chosen, adapter, [system, about, scores, curve], api_visibility="private", queue=False)
-        gr.DeepLinkButton("Share these settings")
+        shown = [system, about, scores, curve, card, card_text, *outputs]
+        stopped = adapter.input(None, cancels=[event], api_visibility="private", queue=False)
+        stopped.then(chosen, [adapter, system], shown, api_visibility="private", queue=False)
+        gr.DeepLinkButton("Share the last comparison")
     return blocks
 
 

@@ -1,22 +1,29 @@
-"""What an adapter's run record says of its training: scores, losses, examples, as the page shows them."""
+"""What an adapter's run record and card say of its training, as the page shows it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 
 EXAMPLES = 5
 
 
 class Results:
-    """The results of the adapter in the folder or repository `source`; all empty if it has no run record."""
+    """What the adapter in the folder or repository `source` says of itself; empty where it says nothing."""
 
     def __init__(self, source: str):
-        record = _record(source)
+        try:
+            self._read(_record(source), source)
+        except (AttributeError, KeyError, TypeError, ValueError):  # a file of this name by somebody else
+            self._read({}, source)
+
+    def _read(self, record: dict[str, Any], source: str) -> None:
         scores = record.get("scores", {})
         before, after = scores.get("before", {}), scores.get("after", {})
         self.scores = [
@@ -27,8 +34,18 @@ class Results:
         self.examples = [example["prompt"] for example in record.get("examples", [])][:EXAMPLES]
         self.system_prompt = record.get("arguments", {}).get("system_prompt", "")
         rows = f" Scores on {scores['rows']} evaluation rows." if scores.get("rows") else ""
-        where = "" if Path(source).exists() else f" [Its card](https://huggingface.co/{source})."
+        local = Path(source).exists()
+        where = "" if local else f" [Its card](https://huggingface.co/{source})."
         self.text = f"Trained with {record['method']}.{rows}{where}" if record else f"It has no run record.{where}"
+        self.card = _card(Path(source) / "README.md") if local else ""
+
+
+def _card(path: Path) -> str:
+    """The card of a folder, which has no address to link to; its pictures are of files that are not served."""
+    if not path.is_file():
+        return ""
+    text = REGEX_YAML_BLOCK.sub("", path.read_text(encoding="utf-8", errors="replace"))
+    return re.sub(r"!\[.*?\]\(.*?\)", "", text)
 
 
 def _record(source: str) -> dict[str, Any]:

@@ -50,6 +50,13 @@ def test_the_space_arrives_in_one_commit(server, models):
     assert len(server.commits(SPACE)) == commits
 
 
+def test_adapters_of_one_name_are_told_apart(server, models):
+    deploy_space("me/demo", base="me/base", adapters=["me/adapter", "other/adapter", "me/third"])
+    listed = server.state()[SPACE]["variables"]["ADAPTERS"]
+    expected = "me/adapter=me/adapter,other/adapter=other/adapter,me/third"
+    assert (listed["value"] if isinstance(listed, dict) else listed) == expected
+
+
 def test_a_private_adapter_gets_the_token_as_a_secret_and_a_warning(server, models, tmp_path, capsys, monkeypatch):
     push_adapter(tmp_path / "adapter", "me/private", private=True)
     main(["space", "me/demo", "--base", "me/base", "--adapter", "me/adapter", "me/private", "--private"])
