@@ -14,6 +14,7 @@ import tiny
 
 APP = Path(__file__).parent.parent / "spaces" / "before_after" / "app.py"
 EXAMPLES = ["2 + 2 =", "Hello"]
+LONGEST = 4096  # tokens: an answer of that length lasts far longer than a slow machine takes to stop one
 CARD = """---
 license: mit
 ---
@@ -37,11 +38,11 @@ model = PeftModel.from_pretrained(base, "a/very/long/path/to/this/adapter", "and
 
 def models(root: Path) -> tuple[Path, dict[str, Path]]:
     """A base model and two adapters; the first one has a run record and a card."""
-    tiny.save(root / "base", max_position_embeddings=512)
+    tiny.save(root / "base", max_position_embeddings=LONGEST)
     adapters = {}
     for seed, name in enumerate(["first", "second"]):
         adapters[name] = root / name
-        model = tiny.lora(tiny.llama(max_position_embeddings=512), seed=seed)
+        model = tiny.lora(tiny.llama(max_position_embeddings=LONGEST), seed=seed)
         for layer in model.modules():
             if hasattr(layer, "lora_B"):
                 layer.lora_B["default"].weight.data *= 20

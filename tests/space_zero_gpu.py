@@ -64,14 +64,14 @@ def main(folder, requests):
     found = {"page": page, "system_prompts": app.SYSTEM_PROMPTS, "device": str(app.ENGINE.model.device)}
     _, url, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
     client = Client(url, verbose=False)
-    running = client.submit("Hello", "first", "", 400, api_name="/compare")
+    running = client.submit("Hello", "first", "", 4000, api_name="/compare")
     while not running.outputs():
         time.sleep(0.05)
     running.cancel()
     found["answers"] = [client.predict(*request, api_name="/compare")[:2] for request in json.loads(requests)]
     found["asked"] = list(Scheduler.asked)
     try:
-        client.predict("x" * 600, "first", api_name="/compare")
+        client.predict("x" * 5000, "first", api_name="/compare")
     except Exception as error:
         found["refused"] = str(error)
     found["asked_for_the_refused"] = Scheduler.asked[len(found["asked"]) :]

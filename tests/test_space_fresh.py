@@ -50,9 +50,9 @@ def test_it_starts_and_answers_also_on_zero_gpu(tmp_path):
         *("/schedule", "/allow", "/release"),  # stopped, and the worker is used again
         *["/schedule", "/release"] * len(REQUESTS),
     ]
-    assert [query["durationSeconds"] for path, query in found["asked"] if path == "/schedule"] == ["65", *["15"] * 4]
+    assert [query["durationSeconds"] for path, query in found["asked"] if path == "/schedule"] == ["515", *["15"] * 4]
     assert {query["fail"] for path, query in found["asked"] if path == "/release"} == {"false"}
-    assert "tokens long; the model takes 511. Shorten it." in found["refused"]
+    assert "tokens long; the model takes 4095. Shorten it." in found["refused"]
     assert found["asked_for_the_refused"] == []
     page = found["page"]
     assert page["Adapter"] == "second"  # the first one of the front matter
