@@ -42,14 +42,14 @@ def test_the_api_has_one_endpoint(client):
 
 
 def test_the_api_answers_and_streams(client):
-    job = client.submit("Hello", "first", "", 12, 0, 1, 0, api_name="/compare")
+    job = client.submit("Hello", "first", "", 400, 0, 1, 0, api_name="/compare")
     base, adapted, base_facts, adapted_facts, changes = job.result(60)
     assert base != adapted
-    assert len(job.outputs()) >= 5
-    assert base_facts.startswith("12 tokens")
+    assert 5 <= len(job.outputs()) < 200  # an update is not sent for each token
+    assert base_facts.startswith("400 tokens")
     assert "length" in adapted_facts
     assert changes
-    assert client.predict("Hello", system="", max_new_tokens=12, api_name="/compare")[:2] == (base, adapted)
+    assert client.predict("Hello", system="", max_new_tokens=400, api_name="/compare")[:2] == (base, adapted)
 
 
 def test_every_answer_under_load_is_the_one_alone(space, client):

@@ -15,6 +15,7 @@ except ImportError:
 import difflib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from results import Results
 
 QUEUE = 20
 LONGEST_PROMPT = 20_000  # characters
+UPDATE = 0.1  # seconds; with one for each token of a fast model, slow browsers fall behind, and so does their Stop
 NOT_YET = [("They appear when both answers have ended.", None)]  # Gradio's own empty box is not accessible
 CSS = """
 footer {display: none !important}
@@ -112,8 +114,11 @@ def compare(
         ENGINE.prompt(prompt, adapter, system)
     except CannotAnswer as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
+    shown = float("-inf")
     for outputs in answer(prompt, adapter, settings, system):
-        yield *outputs, NOT_YET
+        if time.monotonic() - shown >= UPDATE:
+            yield *outputs, NOT_YET
+            shown = time.monotonic()
     yield *outputs, differences(*outputs[:2])
 
 
