@@ -44,7 +44,7 @@ def test_one_trajectory_on_every_backend(trajectories, backend, method):
     entry = trajectories[backend, method]
     assert entry["equal_on_both"]
     assert entry["loss_difference"] < 5e-6
-    assert entry["adapter_difference"] < (2e-4 if "LoRA-SB" in method else 2e-6)
+    assert entry["adapter_difference"] < (3e-4 if "LoRA-SB" in method else 4e-6)
 
 
 @pytest.mark.slow
