@@ -12,11 +12,12 @@ try:
 except ImportError:
     GPU = None
 
+import asyncio
 import difflib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ if GPU is not None:
     answer = GPU(duration=duration)(answer)
 
 
-def compare(
+async def compare(
     prompt: str,
     adapter: str = FIRST,
     system: str = "",
@@ -101,10 +102,11 @@ def compare(
     temperature: float = DEFAULTS.temperature,
     top_p: float = DEFAULTS.top_p,
     seed: float = DEFAULTS.seed,
-) -> Iterator[tuple]:
+) -> AsyncIterator[tuple]:
     """The page's event and the API's `/compare`: both answers as they grow, and at the end their differences.
 
-    What a visitor can change is said before a GPU is asked for.
+    What a visitor can change is said before a GPU is asked for. Whoever closes or cancels this need not wait for the
+    token that is being computed: Gradio's /cancel fails if it is asked twice meanwhile, by a double click on Stop.
     """
     system = system or ""
     try:
@@ -114,12 +116,19 @@ def compare(
         ENGINE.prompt(prompt, adapter, system)
     except CannotAnswer as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
-    shown = float("-inf")
-    for outputs in answer(prompt, adapter, settings, system):
-        if time.monotonic() - shown >= UPDATE:
-            yield *outputs, NOT_YET
-            shown = time.monotonic()
-    yield *outputs, differences(*outputs[:2])
+    stream, shown = answer(prompt, adapter, settings, system), float("-inf")
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, stream, None))
+            if (latest := await asyncio.shield(step)) is None:
+                break
+            outputs = latest
+            if time.monotonic() - shown >= UPDATE:
+                yield *outputs, NOT_YET
+                shown = time.monotonic()
+        yield *outputs, differences(*outputs[:2])
+    finally:
+        step.add_done_callback(lambda _: stream.close())
 
 
 def facts(side) -> str:
@@ -221,7 +230,7 @@ def page() -> gr.Blocks:
             return its_system, found.text, table, plot, its_card, found.card, "", "", "", "", NOT_YET
 
         shown = [system, about, scores, curve, card, card_text, *outputs]
-        stopped = adapter.input(None, cancels=[event], api_visibility="private", queue=False)
+        stopped = adapter.change(None, cancels=[event], api_visibility="private", queue=False)
         stopped.then(chosen, [adapter, system], shown, api_visibility="private", queue=False)
         gr.DeepLinkButton("Share the last comparison")
     return blocks
