@@ -44,7 +44,8 @@ def create_reflora_optimizer(
         lr: Learning rate of the optimizer.
         method: `"reflora"` or `"reflora_s"`.
         form: `"precondition"` or `"rescale"`, see `hf_reflora.RefLora`; default by method.
-        eps: Shrinkage ε, see `hf_reflora.RefLora`; default the smallest that is safe.
+        eps: Shrinkage ε, see `hf_reflora.RefLora`; default the smallest that is safe. Not the optimizer's `eps`, which
+            is set in its `param_groups`.
         dtype: Least dtype of the Gram matrices, `"float32"` or `"float64"`.
         warmup_steps: First steps left plain.
         interval: Refactor at every interval-th step.

@@ -39,12 +39,12 @@ def needs_deepspeed(name: str) -> None:
 @pytest.mark.parametrize("method", train_backends.trajectories.METHODS)
 @pytest.mark.parametrize("backend", TRAJECTORIES)
 def test_one_trajectory_on_every_backend(trajectories, backend, method):
-    """Equal to one process with accumulation, to rounding, which LoRA-SB's start magnifies: R = S / s, then Adam."""
+    """Equal to one process with accumulation, to rounding, which LoRA-SB's singular vectors magnify."""
     needs_deepspeed(backend)
     entry = trajectories[backend, method]
     assert entry["equal_on_both"]
     assert entry["loss_difference"] < 5e-6
-    assert entry["adapter_difference"] < (3e-4 if "LoRA-SB" in method else 4e-6)
+    assert entry["adapter_difference"] < (3e-5 if method == "LoRA-SB" else 2e-6)
 
 
 @pytest.mark.slow
