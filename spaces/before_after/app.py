@@ -157,6 +157,12 @@ def check(prompt: str | None, *others: Any) -> list[dict[str, Any]]:
     return [gr.validate(bool((prompt or "").strip()), "Type a prompt first."), *fine, seed]
 
 
+async def now() -> float:
+    """A moment later, when a question that was sent before this has arrived; Gradio can't cancel what hasn't."""
+    await asyncio.sleep(0.2)
+    return time.monotonic()
+
+
 def page() -> gr.Blocks:
     first = RESULTS[FIRST]
     with gr.Blocks(title="Before and after the fine-tune", analytics_enabled=False) as blocks:
@@ -205,7 +211,10 @@ def page() -> gr.Blocks:
             concurrency_id="model",
             show_progress="minimal",
         )
-        stop.click(None, cancels=[event], queue=False, api_visibility="private")
+        hidden = {"queue": False, "api_visibility": "private"}
+        stopped = gr.Number(visible="hidden")
+        stopped.change(None, cancels=[event], **hidden)
+        stop.click(now, None, stopped, **hidden)
         with gr.Accordion("The adapter's training run", open=False):
             about = gr.Markdown(first.text)
             scores = gr.Dataframe(
@@ -230,8 +239,7 @@ def page() -> gr.Blocks:
             return its_system, found.text, table, plot, its_card, found.card, "", "", "", "", NOT_YET
 
         shown = [system, about, scores, curve, card, card_text, *outputs]
-        stopped = adapter.change(None, cancels=[event], api_visibility="private", queue=False)
-        stopped.then(chosen, [adapter, system], shown, api_visibility="private", queue=False)
+        adapter.change(now, None, stopped, **hidden).then(chosen, [adapter, system], shown, **hidden)
         gr.DeepLinkButton("Share the last comparison")
     return blocks
 
