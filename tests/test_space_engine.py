@@ -28,7 +28,7 @@ import engine as engine_module
 from engine import CannotAnswer, Engine, Settings, _Pass, settings_of
 
 
-NAMES = ["org/model-1.5", "lora", "__base__"]  # awkward as names of adapters in PEFT
+NAMES = ["org/model-1.5", "lora", "."]  # awkward as names of adapters in PEFT
 PROMPTS = ["2 + 2 =", "Hello", "a longer prompt, with some more words in it"]
 
 
@@ -104,7 +104,7 @@ def test_the_base_side_is_the_pristine_base_to_the_bit(engine, folders, sides):
 @pytest.mark.parametrize("seed", [0, 7])
 def test_an_adapter_that_does_nothing_has_the_same_luck(engine, temperature, seed):
     settings = Settings(max_new_tokens=16, temperature=temperature, top_p=0.9, seed=seed)
-    base, adapted = last(engine.compare("Hello", "__base__", settings))
+    base, adapted = last(engine.compare("Hello", NAMES[2], settings))
     assert base.text == adapted.text
 
 
@@ -452,3 +452,5 @@ def test_other_kinds_of_adapters_are_refused(folders, tmp_path):
         Engine(str(folders / "base"), {"x": str(tmp_path)})
     with pytest.raises(ValueError, match="Give at least one adapter"):
         Engine(str(folders / "base"), {})
+    with pytest.raises(ValueError, match="__base__ is PEFT's name for the base model"):
+        Engine(str(folders / "base"), {"__base__": str(folders / "adapter0")})

@@ -113,7 +113,7 @@ async def compare(
         if len(prompt) + len(system) > LONGEST_PROMPT:
             raise CannotAnswer(f"The prompt is longer than {LONGEST_PROMPT:,} characters. Shorten it.")
         settings = settings_of(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        ENGINE.prompt(prompt, adapter, system)
+        await asyncio.to_thread(ENGINE.prompt, prompt, adapter, system)
     except CannotAnswer as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
     stream, shown = answer(prompt, adapter, settings, system), float("-inf")

@@ -77,12 +77,14 @@ class Engine:
         device: Default: the GPU, if there is one.
 
     Raises:
-        ValueError: no adapter, or one of another kind.
+        ValueError: no adapter, one called `__base__`, or one of another kind.
     """
 
     def __init__(self, base: str, adapters: dict[str, str], device: str | None = None):
         if not adapters:
             raise ValueError("Give at least one adapter.")
+        if "__base__" in adapters:
+            raise ValueError("__base__ is PEFT's name for the base model: give the adapter another one.")
         configs = {name: PeftConfig.from_pretrained(source) for name, source in adapters.items()}
         for name, config in configs.items():
             _check(name, adapters[name], config)
@@ -90,7 +92,7 @@ class Engine:
         dtype = "auto" if device == "cuda" else torch.float32
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        # PEFT's own names: a visitor's may have dots, or be "lora" or "__base__".
+        # PEFT's own names: a visitor's may have dots, or be "lora".
         self._names = {name: f"adapter{i}" for i, name in enumerate(adapters)}
         # PEFT loads no adapter without new tokens after one that has them.
         for name in sorted(adapters, key=lambda name: configs[name].trainable_token_indices is not None):
