@@ -273,6 +273,19 @@ def test_a_closed_tab_frees_the_model(browser, space, client):
 
 
 @browser_test
+def test_a_waiting_visitor_sees_the_place_in_the_queue_and_may_leave_it(page, client):
+    running = client.submit("Hello", "first", "", 4000, api_name="/compare")
+    compare(page, tokens=3)
+    page.get_by_text("queue: 1/1").first.wait_for(timeout=60_000)
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("queue: 1/1").first.wait_for(state="detached", timeout=60_000)
+    running.cancel()
+    assert client.predict("Hello", "first", "", 3, api_name="/compare")[0]
+    page.wait_for_timeout(500)
+    assert text_of(page, "base") == ""
+
+
+@browser_test
 def test_an_error_is_said_at_its_place(page):
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("Type a prompt first.").first.wait_for()
