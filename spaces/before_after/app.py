@@ -103,19 +103,16 @@ async def compare(
     top_p: float = DEFAULTS.top_p,
     seed: float = DEFAULTS.seed,
 ) -> AsyncIterator[tuple]:
-    """The page's event and the API's `/compare`: both answers as they grow, and at the end their differences.
-
-    What a visitor can change is said before a GPU is asked for. Whoever closes or cancels this need not wait for the
-    token that is being computed: Gradio's /cancel fails if it is asked twice meanwhile, by a double click on Stop.
-    """
+    """Both answers to a prompt as they grow: texts, lengths and speeds, and at the end their differences."""
     system = system or ""
-    try:
+    try:  # what a visitor can change is said before a GPU is asked for
         if len(prompt) + len(system) > LONGEST_PROMPT:
             raise CannotAnswer(f"The prompt is longer than {LONGEST_PROMPT:,} characters. Shorten it.")
         settings = settings_of(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         await asyncio.to_thread(ENGINE.prompt, prompt, adapter, system)
     except CannotAnswer as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
+    # Asynchronous, so that whoever cancels need not wait for a token: Gradio's /cancel fails if asked again meanwhile.
     stream, shown = answer(prompt, adapter, settings, system), float("-inf")
     try:
         while True:
