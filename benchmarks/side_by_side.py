@@ -1,11 +1,12 @@
 """Three ways to answer with a base model and its adapter from one model in memory: seconds, and what they get wrong.
 
-    python benchmarks/side_by_side.py runs/smollm2-135m-reflora
+    python benchmarks/side_by_side.py [ADAPTER]
 
 In turn and mixed batch: the two ways of the Space's engine. One after the other: `generate` with the adapter disabled,
 then with it. Runs on the GPU, if there is one. Prints Markdown, writes records/side_by_side.json.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -100,4 +101,6 @@ def main(adapter: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", nargs="?", default="runs/smollm2-135m-reflora", help="default: the demo's")
+    main(parser.parse_args().adapter)
