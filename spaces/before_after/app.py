@@ -209,7 +209,7 @@ def page() -> gr.Blocks:
             show_progress="minimal",
         )
         hidden = {"queue": False, "api_visibility": "private"}
-        stopped = gr.Number(visible="hidden")
+        stopped = gr.Number(visible="hidden")  # Gradio cancels on a component's event, not in a `then`
         stopped.change(None, cancels=[event], **hidden)
         stop.click(now, None, stopped, **hidden)
         with gr.Accordion("The adapter's training run", open=False):
