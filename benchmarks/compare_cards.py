@@ -27,8 +27,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from hf_reflora import RefLoraSFTTrainer
-from hf_reflora.environment import environment, write_json
-from hf_reflora.ids import is_hub_id
+from hf_reflora.report.environment import environment, write_json
+from hf_reflora.report.ids import is_hub_id
 
 
 RECORD = Path(__file__).parent / "records" / "cards.json"

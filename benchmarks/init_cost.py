@@ -19,9 +19,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reflora import LoraSbConfig, initialize_lora_sb_weights
-from hf_reflora.environment import environment, write_json
 from hf_reflora.lora_sb.gradients import frozen, weight_gradients
 from hf_reflora.lora_sb.subspace import truncated_svd
+from hf_reflora.report.environment import environment, write_json
 
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "spaces" / "before_after"), str(ROOT / "recipes")]
 import embedded_model  # noqa: E402
 from engine import Engine, Settings, _Pass  # noqa: E402
 
-from hf_reflora.environment import environment, usable_cores, write_json  # noqa: E402
+from hf_reflora.report.environment import environment, usable_cores, write_json  # noqa: E402
 
 
 RECORD = Path(__file__).parent / "records" / "side_by_side.json"

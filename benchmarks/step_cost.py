@@ -17,7 +17,7 @@ from peft.optimizers import create_riemannian_optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reflora import create_reflora_optimizer
-from hf_reflora.environment import environment, write_json
+from hf_reflora.report.environment import environment, write_json
 
 
 def adapters(rank: int, device: str) -> torch.nn.Module:

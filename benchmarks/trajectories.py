@@ -33,8 +33,8 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, RefLoraCallback
-from hf_reflora.environment import environment, write_json
-from hf_reflora.sharded import adapter_tensors
+from hf_reflora.distributed.parameters import adapter_tensors
+from hf_reflora.report.environment import environment, write_json
 
 
 STEPS, ROWS, RANK = 6, 24, 5  # a rank that two processes cannot share evenly

@@ -1,40 +1,24 @@
-"""Better low-rank adapters in the Hugging Face stack: RefLoRA and LoRA-SB for PEFT, Trainer, TRL and plain PyTorch."""
+"""Better low-rank adapters in the Hugging Face stack: RefLoRA and LoRA-SB for PEFT, Trainer, TRL and plain PyTorch.
 
-from .arguments import LoraSbArguments, RefLoraArguments
-from .callbacks import RefLoraCallback
-from .checkpoints import WholeCheckpointsMixin, last_checkpoint
-from .export import export_lora
-from .hub import PushError
-from .lora_sb import LoraSbCallback, LoraSbConfig, LoraSbModel, initialize_lora_sb_weights
-from .optimizer import create_reflora_optimizer
-from .publish import push_adapter
-from .publishing_trainer import PublishingMixin
-from .record import RunRecordCallback
-from .step import RefLora
-from .trainer import LoraSbSFTTrainer, RefLoraDPOTrainer, RefLoraSFTTrainer, RefLoraTrainer
+The public names are listed in `__init__.pyi` and loaded when they are first used, so that `import hf_reflora` is
+instant and nobody pays for a library that they do not use.
+"""
+
+import lazy_loader
+import wrapt
 
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LoraSbArguments",
-    "LoraSbCallback",
-    "LoraSbConfig",
-    "LoraSbModel",
-    "LoraSbSFTTrainer",
-    "PublishingMixin",
-    "PushError",
-    "RefLora",
-    "RefLoraArguments",
-    "RefLoraCallback",
-    "RefLoraDPOTrainer",
-    "RefLoraSFTTrainer",
-    "RefLoraTrainer",
-    "RunRecordCallback",
-    "WholeCheckpointsMixin",
-    "create_reflora_optimizer",
-    "export_lora",
-    "initialize_lora_sb_weights",
-    "last_checkpoint",
-    "push_adapter",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+@wrapt.when_imported("peft")
+def _register_lora_sb(peft) -> None:
+    """Tells PEFT about LoRA-SB as soon as PEFT is there.
+
+    `PeftModel.from_pretrained` looks the adapter's type up in PEFT's own tables and raises a KeyError if it is
+    missing. A user who writes nothing but `import hf_reflora` must find it there, although that import does not load
+    PEFT.
+    """
+    from . import lora_sb  # noqa: F401

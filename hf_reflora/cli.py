@@ -42,8 +42,8 @@ def add_card(commands) -> None:
 
 
 def card(options: argparse.Namespace) -> None:
-    from .card import render
-    from .plot import plot as draw
+    from .report.card import render
+    from .report.plot import plot as draw
 
     record = json.loads(options.record.read_text(encoding="utf-8"))
     record |= {"base_model": options.base_model} if options.base_model else {}
@@ -70,7 +70,7 @@ def add_export(commands) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    from .export import export_lora
+    from .lora_sb.export import export_lora
 
     report = export_lora(options.adapter, options.output_dir, rank=options.rank)
     ranks = sorted(set(report.ranks.values()))
@@ -97,7 +97,7 @@ def add_inspect(commands) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from .inspect import inspect_adapter
+    from .report.diagnostics import inspect_adapter
 
     facts = inspect_adapter(options.adapter)
     width = max(map(len, facts))
@@ -126,7 +126,7 @@ def add_push(commands) -> None:
 
 
 def push(options: argparse.Namespace) -> None:
-    from .publish import push_adapter
+    from .hub.adapter import push_adapter
 
     names = ("private", "revision", "create_pr", "base_model", "other_base", "license", "language", "tags")
     done = push_adapter(options.folder, options.repo_id, **{name: getattr(options, name) for name in names})
@@ -158,7 +158,7 @@ def add_space(commands) -> None:
 
 
 def space(options: argparse.Namespace) -> None:
-    from .space import deploy_space
+    from .hub.space import deploy_space
 
     secrets = {}
     for given in options.secret:

@@ -8,8 +8,8 @@ from transformers import Trainer
 from trl import ModelConfig, get_peft_config
 
 from hf_reflora import LoraSbArguments, LoraSbCallback, LoraSbConfig, RefLoraArguments, RunRecordCallback
-from hf_reflora.card import NATIVE
-from hf_reflora.record import non_default
+from hf_reflora.report.card import NATIVE
+from hf_reflora.report.recorder import non_default
 
 
 REFLORA = ("reflora", "reflora_s")

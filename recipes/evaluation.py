@@ -10,7 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_reflora.sharded import is_sharded
+from hf_reflora.distributed.parameters import is_sharded
 
 
 def reference(row: dict[str, Any]) -> str:

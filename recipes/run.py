@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 from trl import ModelConfig, ScriptArguments
 
 from hf_reflora import PushError, RunRecordCallback
-from hf_reflora.environment import environment, peak_memory_gb, usable_cores
-from hf_reflora.ids import hub_id
-from hf_reflora.record import dataset_facts, non_default
-from hf_reflora.sharded import partitioned
+from hf_reflora.distributed.parameters import partitioned
+from hf_reflora.report.environment import environment, peak_memory_gb, usable_cores
+from hf_reflora.report.ids import hub_id
+from hf_reflora.report.recorder import dataset_facts, non_default
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
 from hf_reflora import LoraSbCallback, RefLoraCallback, RefLoraTrainer, backend, create_reflora_optimizer
-from hf_reflora.optimizer import STEP_KEY
+from hf_reflora.reflora.optimizer import STEP_KEY
 
 
 METHODS = {

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_reflora.card import LICENSES, MARK, METHODS, check_front_matter, render
 from hf_reflora.cli import main
-from hf_reflora.ids import is_hub_id
+from hf_reflora.report.card import LICENSES, MARK, METHODS, check_front_matter, render
+from hf_reflora.report.ids import is_hub_id
 
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from hf_reflora.environment import environment, peak_memory_gb, redacted, write_json
+from hf_reflora.report.environment import environment, peak_memory_gb, redacted, write_json
 
 
 @pytest.mark.parametrize(

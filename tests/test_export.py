@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_reflora import LoraSbConfig
 from hf_reflora.cli import main
-from hf_reflora.export import ExportReport, export_lora
 from hf_reflora.lora_sb import LoraSbLayer
-from hf_reflora.pairs import require_pairs
+from hf_reflora.lora_sb.export import ExportReport, export_lora
+from hf_reflora.reflora.factors import require_pairs
 
 
 IDS = torch.randint(4, 260, (2, 8), generator=torch.Generator().manual_seed(0))

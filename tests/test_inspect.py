@@ -9,7 +9,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 
 from hf_reflora import LoraSbConfig
 from hf_reflora.cli import main
-from hf_reflora.inspect import inspect_adapter
+from hf_reflora.report.diagnostics import inspect_adapter
 
 
 def saved(config, folder, seed=0):

@@ -16,8 +16,8 @@ from kill_runs import METHODS, STEPS, Run
 from trl import SFTConfig
 
 from hf_reflora import RefLoraSFTTrainer, checkpoints, last_checkpoint
-from hf_reflora.card import render
-from hf_reflora.checkpoints import is_whole
+from hf_reflora.report.card import render
+from hf_reflora.trainers.checkpoints import is_whole
 
 
 ROOT = Path(__file__).parent.parent

@@ -23,8 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from transformers.pytorch_utils import Conv1D
 
 from hf_reflora import LoraSbConfig, LoraSbModel
-from hf_reflora.export import export_lora
 from hf_reflora.lora_sb import LoraSbLayer
+from hf_reflora.lora_sb.export import export_lora
 from hf_reflora.lora_sb.model import restore_float32
 
 

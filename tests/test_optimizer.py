@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from hf_reflora import create_reflora_optimizer
-from hf_reflora.optimizer import STEP_KEY
+from hf_reflora.reflora.optimizer import STEP_KEY
 
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-11}

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers.pytorch_utils import Conv1D
 
 from hf_reflora import RefLora, create_reflora_optimizer
-from hf_reflora.dtensors import whole
-from hf_reflora.pairs import LoraPair, dense_gradient, lora_layers, require_pairs, trainable_pairs
+from hf_reflora.distributed.parameters import whole
+from hf_reflora.reflora.factors import LoraPair, dense_gradient, lora_layers, require_pairs, trainable_pairs
 
 
 class Experts(nn.Module):

@@ -16,8 +16,8 @@ from transformers.modelcard import TrainingSummary
 from trl import SFTConfig, SFTTrainer
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer
-from hf_reflora.card import is_edited, kept, render
-from hf_reflora.publish import _config, _record, push_adapter, stage
+from hf_reflora.hub.adapter import _config, _record, push_adapter, stage
+from hf_reflora.report.card import is_edited, kept, render
 
 
 LAYERS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}

@@ -13,8 +13,8 @@ import sft_reflora
 import tiny
 import yaml
 
-from hf_reflora.card import render
-from hf_reflora.ids import hub_id
+from hf_reflora.report.card import render
+from hf_reflora.report.ids import hub_id
 
 
 ROOT = Path(__file__).parent.parent

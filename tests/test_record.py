@@ -28,11 +28,11 @@ from hf_reflora import (
     RefLoraSFTTrainer,
     RefLoraTrainer,
 )
-from hf_reflora import environment as environment_module
-from hf_reflora.card import is_edited, render
-from hf_reflora.environment import write_json
-from hf_reflora.inspect import diagnostics
-from hf_reflora.record import GIVEN, RECORD_NAME, RunRecordCallback, dataset_facts, non_default
+from hf_reflora.report import environment as environment_module
+from hf_reflora.report.card import is_edited, render
+from hf_reflora.report.diagnostics import diagnostics
+from hf_reflora.report.environment import write_json
+from hf_reflora.report.recorder import GIVEN, RECORD_NAME, RunRecordCallback, dataset_facts, non_default
 
 
 TOKEN = "hf_" + "aB3" * 11 + "x"

@@ -1,4 +1,4 @@
-"""hf_reflora.refactor against a float64 reference, the paper's theorems and the inputs that break an eigh-based S."""
+"""`refactor` against a float64 reference, the paper's theorems and the inputs that break an eigh-based S."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_reflora.refactor import (
+from hf_reflora.reflora.refactor import (
     balance_scalar,
     default_eps,
     diagnose,

@@ -8,8 +8,8 @@ import string
 import pytest
 import tiny
 
-from hf_reflora import scan
-from hf_reflora.scan import PATTERNS, SecretFound, check_files
+from hf_reflora.hub import scan
+from hf_reflora.hub.scan import PATTERNS, SecretFound, check_files
 
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT4vW6yZ8bC0fG"

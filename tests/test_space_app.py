@@ -3,7 +3,7 @@
 import pytest
 from space_server import models
 
-from hf_reflora.space import fill
+from hf_reflora.hub.space import fill
 
 
 VARIABLES = ("BASE_MODEL", "ADAPTERS", "SYSTEM_PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "SEED")

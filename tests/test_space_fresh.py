@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from space_server import Space, models
 
-from hf_reflora.space import FILES, fill
+from hf_reflora.hub.space import FILES, fill
 
 
 gradio_client = pytest.importorskip("gradio_client")

@@ -11,8 +11,8 @@ import torch
 
 import hf_reflora
 from hf_reflora import RefLora
-from hf_reflora.pairs import require_pairs
-from hf_reflora.step import check_optimizer
+from hf_reflora.reflora.factors import require_pairs
+from hf_reflora.reflora.step import check_optimizer
 
 
 @pytest.mark.parametrize(

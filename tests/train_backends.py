@@ -35,10 +35,10 @@ from hf_reflora import (
     create_reflora_optimizer,
     initialize_lora_sb_weights,
 )
-from hf_reflora.inspect import diagnostics
+from hf_reflora.distributed.parameters import adapter_tensors
 from hf_reflora.lora_sb.initialize import mean_loss
-from hf_reflora.optimizer import STEP_KEY
-from hf_reflora.sharded import adapter_tensors
+from hf_reflora.reflora.optimizer import STEP_KEY
+from hf_reflora.report.diagnostics import diagnostics
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

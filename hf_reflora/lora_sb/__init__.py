@@ -2,14 +2,12 @@
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from .callback import LoraSbCallback
 from .config import LoraSbConfig, LoraSbPeftType
-from .initialize import initialize_lora_sb_weights
 from .layer import LoraSbLayer
 from .model import LoraSbModel
 
 
-__all__ = ["LoraSbCallback", "LoraSbConfig", "LoraSbLayer", "LoraSbModel", "initialize_lora_sb_weights"]
+__all__ = ["LoraSbConfig", "LoraSbLayer", "LoraSbModel"]
 
 # What peft.register_peft_method does; that function takes only members of PEFT's own, closed PeftType.
 PEFT_TYPE_TO_CONFIG_MAPPING[LoraSbPeftType.LORASB] = LoraSbConfig

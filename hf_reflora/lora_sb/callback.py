@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..backend import check_backend, inner_optimizer, is_deepspeed
-from ..sharded import check_reachable
+from ..distributed.backend import check_backend, inner_optimizer, is_deepspeed
+from ..distributed.parameters import check_reachable
 from .gradients import random_states_kept
 from .initialize import adapter_layers, initialize_lora_sb_weights, is_initialized
 from .model import restore_float32

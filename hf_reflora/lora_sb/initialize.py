@@ -17,8 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from ..dtensors import whole
-from ..sharded import gathered, is_sharded, reshard, write_
+from ..distributed.parameters import gathered, is_sharded, reshard, whole, write_
 from .config import LoraSbConfig
 from .gradients import frozen, random_states_kept, weight_gradients
 from .layer import LoraSbLayer

@@ -11,8 +11,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..backend import steps_on_float32
-from ..sharded import write_
+from ..distributed.backend import steps_on_float32
+from ..distributed.parameters import write_
 from .config import LoraSbConfig
 from .subspace import truncated_svd
 

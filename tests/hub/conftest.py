@@ -22,7 +22,7 @@ def server():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Attempts without long pauses."""
-    from hf_reflora import hub
+    from hf_reflora.hub import client as hub
 
     monkeypatch.setattr(hub, "DELAYS", (0.01, 0.02, 0.04, 0.08, 0.16))
     monkeypatch.setattr(hub, "LONGEST_DELAY", 0.2)

@@ -19,9 +19,9 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 import hf_reflora
 from hf_reflora import PushError, push_adapter
-from hf_reflora.card import render
 from hf_reflora.cli import main
-from hf_reflora.scan import SecretFound
+from hf_reflora.hub.scan import SecretFound
+from hf_reflora.report.card import render
 
 
 ROOT = Path(hf_reflora.__file__).parent.parent

@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 
 from hf_reflora import PushError, push_adapter
 from hf_reflora.cli import main
-from hf_reflora.scan import SecretFound
-from hf_reflora.space import FILES, deploy_space, fill
+from hf_reflora.hub.scan import SecretFound
+from hf_reflora.hub.space import FILES, deploy_space, fill
 
 
 SPACE = "spaces/me/demo"

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .callbacks import RefLoraCallback
-from .lora_sb import LoraSbCallback
+from ..lora_sb.callback import LoraSbCallback
+from ..reflora.callback import RefLoraCallback
 
 
 @dataclass

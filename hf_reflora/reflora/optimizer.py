@@ -3,7 +3,7 @@
 from torch import nn
 from torch.optim import Optimizer
 
-from .pairs import lora_layers, require_pairs, trainable_pairs
+from .factors import lora_layers, require_pairs, trainable_pairs
 from .step import RefLora, check_optimizer
 
 

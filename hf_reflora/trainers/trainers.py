@@ -3,11 +3,11 @@
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
-from . import papers
-from .callbacks import RefLoraCallback
+from ..lora_sb.callback import LoraSbCallback
+from ..reflora.callback import RefLoraCallback
+from ..report import methods as papers
 from .checkpoints import WholeCheckpointsMixin
-from .lora_sb import LoraSbCallback
-from .publishing_trainer import PublishingMixin
+from .publishing import PublishingMixin
 
 
 def _start(callbacks: list) -> dict[str, str]:

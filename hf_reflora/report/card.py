@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from . import papers
+from . import methods as papers
 from .ids import is_hub_id
 
 
@@ -392,7 +392,7 @@ def _limits(record: dict[str, Any], rows: int) -> list[str]:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("hf_reflora", "."),
+        loader=PackageLoader("hf_reflora", "report"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -13,15 +13,15 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
-from . import hub
-from .backend import check_saving
-from .card import check_license, is_edited, render
-from .environment import write_text
-from .ids import hub_id
-from .plot import plot
-from .publish import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
-from .record import RunRecordCallback, dataset_facts
-from .sharded import checkpoint_wrappers_removed
+from ..distributed.backend import check_saving
+from ..distributed.parameters import checkpoint_wrappers_removed
+from ..hub import client as hub
+from ..hub.adapter import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
+from ..report.card import check_license, is_edited, render
+from ..report.environment import write_text
+from ..report.ids import hub_id
+from ..report.plot import plot
+from ..report.recorder import RunRecordCallback, dataset_facts
 
 
 logger = logging.get_logger(__name__)
@@ -33,8 +33,8 @@ class PublishingMixin:
     The trainers of hf_reflora have it. It changes of a Trainer:
 
     - a `RunRecordCallback` is added, unless one is in `callbacks`;
-    - `create_model_card` renders `hf_reflora.card` from the record, with a plot beside it;
-    - everything that goes to the Hub goes by `hf_reflora.publish`: in one commit, tried again, once, without
+    - `create_model_card` renders `hf_reflora.report.card` from the record, with a plot beside it;
+    - everything that goes to the Hub goes by `hf_reflora.hub.adapter`: in one commit, tried again, once, without
       `training_args.bin`; a LoRA-SB adapter as an ordinary LoRA. With `push_to_hub=True` token, name and permission
       are checked when the trainer is made. Pushes in the background follow `hub_strategy`; what failed of them is
       pushed again when training ends, and `train` raises `hub.PushError` if that fails, too, after saving;

@@ -14,14 +14,14 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 
-from . import hub
-from .card import LICENSES, check_front_matter, is_edited, kept, render
-from .export import export_lora
-from .ids import hub_id, is_hub_id
-from .inspect import diagnostics, method_of
-from .lora_sb import LoraSbConfig
-from .plot import plot
-from .record import RECORD_NAME
+from ..lora_sb.config import LoraSbConfig
+from ..lora_sb.export import export_lora
+from ..report.card import LICENSES, check_front_matter, is_edited, kept, render
+from ..report.diagnostics import diagnostics, method_of
+from ..report.ids import hub_id, is_hub_id
+from ..report.plot import plot
+from ..report.recorder import RECORD_NAME
+from . import client as hub
 from .scan import check_files
 
 
@@ -66,7 +66,7 @@ def push_adapter(
 
     Args:
         folder: Folder of the adapter, such as a trainer's `output_dir` or a checkpoint.
-        repo_id, token, private, revision, create_pr, other_base: See `hf_reflora.hub.prepare`.
+        repo_id, token, private, revision, create_pr, other_base: See `hf_reflora.hub.client.prepare`.
         base_model: Id of the base model on the Hub, where the files name a local path. Default: what the files say.
         license, language, tags: For the card. Default: what the present card says; the license of the base model.
         message: Message of the commit, and title of the pull request.

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
-from .backend import check_backend, inner_optimizer, is_deepspeed
+from ..distributed.backend import check_backend, inner_optimizer, is_deepspeed
+from ..distributed.parameters import check_reachable, gathered
+from .deepspeed import GradientHooks, rescale_
+from .factors import lora_layers, require_pairs, trainable_pairs
 from .optimizer import STEP_KEY
-from .pairs import lora_layers, require_pairs, trainable_pairs
-from .sharded import check_reachable, gathered
 from .step import RefLora, check_optim, check_optimizer
-from .zero import GradientHooks, rescale_
 
 
 class RefLoraCallback(TrainerCallback):
@@ -111,9 +111,9 @@ class RefLoraCallback(TrainerCallback):
         """What `RefLoraTrainer` logs; for other trainers, call it where you log, on all processes.
 
         Means over the pairs as they are now, before the next refactoring (balance_gap, balance_residual, norm_A,
-        norm_B, fallback, and medians of cond_P and cond_Q: see `hf_reflora.refactor.diagnose`), and `grad_norm`, the
-        norm of the LoRA gradients after the last preconditioning. What does not exist yet, or not under DeepSpeed, is
-        left out.
+        norm_B, fallback, and medians of cond_P and cond_Q: see `hf_reflora.reflora.refactor.diagnose`), and
+        `grad_norm`, the norm of the LoRA gradients after the last preconditioning. What does not exist yet, or not
+        under DeepSpeed, is left out.
         """
         pairs = trainable_pairs(self._layers)
         values = {}

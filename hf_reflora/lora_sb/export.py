@@ -11,8 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .lora_sb import LoraSbConfig
-from .lora_sb.subspace import balanced_factors
+from .config import LoraSbConfig
+from .subspace import balanced_factors
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..distributed.parameters import in_parts, part, put_, whole
 from . import refactor
-from .dtensors import part, put_, whole
-from .pairs import LoraPair, dense_gradient
-from .sharded import in_parts
+from .factors import LoraPair, dense_gradient
 
 
 METHODS = ("reflora", "reflora_s")
@@ -38,7 +37,7 @@ class RefLora:
         form: "precondition" multiplies the gradients before the optimizer's step and leaves the factors as they are;
             "rescale" balances the factors and moves the optimizer's moments along after the step, for "reflora_s"
             only. Default: "precondition" for "reflora", "rescale" for "reflora_s" (as the authors' code does). See
-            `hf_reflora.refactor.rescale_` for how they differ.
+            `hf_reflora.reflora.refactor.rescale_` for how they differ.
         eps: Shrinkage ε in (0, 1] of the Gram matrices; 1 turns "reflora" into "reflora_s". Default: the smallest safe
             one, max(1e-5, 4 r 2⁻²⁴) in float32 and 1e-12 in float64. Without meaning for "reflora_s".
         dtype: "float32" (default) or "float64", the least dtype of the Gram matrices.
@@ -159,7 +158,7 @@ class RefLora:
         return [([left for left, _ in both], [right for _, right in both]) for both in per_pair]
 
     def diagnose(self, pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
-        """`hf_reflora.refactor.diagnose` of the pairs as they are now."""
+        """`hf_reflora.reflora.refactor.diagnose` of the pairs as they are now."""
         As, Bs = _blocks(pairs)
         return refactor.diagnose(As, [whole(B) for B in Bs], eps=self.eps, dtype=DTYPES[self.dtype])
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .pairs import LoraPair
+from ..distributed.parameters import gathered, linked, partitioned
+from .factors import LoraPair
 from .refactor import ieee_arithmetic
-from .sharded import gathered, linked, partitioned
 from .step import RefLora, moment_degree
 
 

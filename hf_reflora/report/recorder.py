@@ -16,12 +16,12 @@ from accelerate.state import PartialState
 from peft import PeftModel, TaskType
 from transformers import TrainerCallback
 
-from .backend import backend_name
+from ..distributed.backend import backend_name
+from ..distributed.parameters import adapter_tensors, is_sharded
+from ..lora_sb.config import LoraSbConfig
+from .diagnostics import diagnostics, method_of
 from .environment import environment, peak_memory_gb, without_secrets, write_json
 from .ids import commit_in_cache, hub_id
-from .inspect import diagnostics, method_of
-from .lora_sb import LoraSbConfig
-from .sharded import adapter_tensors, is_sharded
 
 
 SCHEMA = 2
@@ -43,7 +43,7 @@ NO_SCORES = (
 
 
 class RunRecordCallback(TrainerCallback):
-    """Records what was run and with what result; `hf_reflora.card.render` makes the model card of it.
+    """Records what was run and with what result; `hf_reflora.report.card.render` makes the model card of it.
 
     The record is written as `run_record.json` beside the weights that it describes: into every checkpoint, and into
     `output_dir` when training ends, whole or not at all. A resumed run goes on with the checkpoint's record. The
@@ -62,7 +62,7 @@ class RunRecordCallback(TrainerCallback):
     | `card` | license, language and tags for the card |
     | `examples` | prompt, answers before and after, reference |
     | `log`, `step`, `tokens` | the trainer's log; of the weights beside the record: optimizer steps, tokens seen |
-    | `diagnostics` | see `hf_reflora.inspect.diagnostics` |
+    | `diagnostics` | see `hf_reflora.report.diagnostics.diagnostics` |
     | `trainable_parameters`, `seconds`, `peak_memory_gb`, `processes`, `backend`, `environment` | cost and place |
     | `runs` | one entry a start: when, from and to which step, seconds, processes, commit, versions |
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dtensors import whole
+from ..distributed.parameters import whole
 
 
 Quintic = tuple[float, float, float]

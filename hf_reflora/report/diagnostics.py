@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor
 
-from .lora_sb import LoraSbConfig
-from .refactor import diagnose
+from ..lora_sb.config import LoraSbConfig
+from ..reflora.refactor import diagnose
 
 
 SHOWN = {
@@ -78,8 +78,9 @@ def diagnostics(config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Any
 
     Returns:
         layers, ranks [least, largest], trained_numbers, and as far as they are finite: for LoRA the means over the
-        layers norm_A, norm_B and balance_gap and the medians cond_P and cond_Q (see `hf_reflora.refactor.diagnose`);
-        for LoRA-SB the mean norm_R and the largest entries B_gap_I of |BᵀB − I| and A_gap_I of |AAᵀ − I|.
+        layers norm_A, norm_B and balance_gap and the medians cond_P and cond_Q (see
+        `hf_reflora.reflora.refactor.diagnose`); for LoRA-SB the mean norm_R and the
+        largest entries B_gap_I of |BᵀB − I| and A_gap_I of |AAᵀ − I|.
     """
     native = isinstance(config, LoraSbConfig)
     kinds = (".lorasb_A", ".lorasb_B", ".lorasb_R") if native else (".lora_A.weight", ".lora_B.weight")

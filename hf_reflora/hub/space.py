@@ -8,14 +8,15 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, constants, get_token
 
-from . import hub
-from .card import check_license
-from .ids import is_hub_id
+from ..report.card import check_license
+from ..report.ids import is_hub_id
+from . import client as hub
 from .scan import check_files
 
 
 # In an installed package by pyproject.toml, or in the repository.
-INSTALLED, SOURCE = Path(__file__).parent / "before_after", Path(__file__).parents[1] / "spaces" / "before_after"
+INSTALLED = Path(__file__).parents[1] / "before_after"
+SOURCE = Path(__file__).parents[2] / "spaces" / "before_after"
 FILES = ("README.md", "app.py", "engine.py", "results.py", "requirements.txt")
 ZERO_GPU_TORCH = "torch>=2.8,<2.12"  # the versions that ZeroGPU has
 
@@ -46,8 +47,8 @@ def deploy_space(
         repo_id: Name of the Space, "name" or "owner/name".
         base: Id of the base model on the Hub.
         adapters: Ids of ordinary LoRA adapters of it on the Hub; the first one is chosen at the start.
-        token, private, hardware, secrets: See `hf_reflora.hub.prepare_space`. If the base or an adapter is private or
-            gated, the Space gets the token as its secret HF_TOKEN, unless `secrets` has one.
+        token, private, hardware, secrets: See `hf_reflora.hub.client.prepare_space`. If the base or an adapter is
+            private or gated, the Space gets the token as its secret HF_TOKEN, unless `secrets` has one.
         license: Of the Space's own code and card.
 
     Raises:

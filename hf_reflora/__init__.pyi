@@ -1,0 +1,39 @@
+from .hub.adapter import push_adapter
+from .hub.client import PushError
+from .lora_sb.callback import LoraSbCallback
+from .lora_sb.config import LoraSbConfig
+from .lora_sb.export import export_lora
+from .lora_sb.initialize import initialize_lora_sb_weights
+from .lora_sb.model import LoraSbModel
+from .reflora.callback import RefLoraCallback
+from .reflora.optimizer import create_reflora_optimizer
+from .reflora.step import RefLora
+from .report.recorder import RunRecordCallback
+from .trainers.arguments import LoraSbArguments, RefLoraArguments
+from .trainers.checkpoints import WholeCheckpointsMixin, last_checkpoint
+from .trainers.publishing import PublishingMixin
+from .trainers.trainers import LoraSbSFTTrainer, RefLoraDPOTrainer, RefLoraSFTTrainer, RefLoraTrainer
+
+__all__ = [
+    "LoraSbArguments",
+    "LoraSbCallback",
+    "LoraSbConfig",
+    "LoraSbModel",
+    "LoraSbSFTTrainer",
+    "PublishingMixin",
+    "PushError",
+    "RefLora",
+    "RefLoraArguments",
+    "RefLoraCallback",
+    "RefLoraDPOTrainer",
+    "RefLoraSFTTrainer",
+    "RefLoraTrainer",
+    "RunRecordCallback",
+    "WholeCheckpointsMixin",
+    "create_reflora_optimizer",
+    "export_lora",
+    "initialize_lora_sb_weights",
+    "last_checkpoint",
+    "push_adapter",
+]
+__version__: str

@@ -1,0 +1,1 @@
+"""Which framework runs the training, and parameters that it keeps in parts."""

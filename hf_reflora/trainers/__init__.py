@@ -1,0 +1,1 @@
+"""Trainers with the methods built in, which resume safely and publish well."""
