@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl import SFTConfig
 
-from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, RefLoraSFTTrainer, publishing_trainer
+from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, RefLoraSFTTrainer
+from hf_reflora.trainers import publishing
 
 
 METHODS = ("reflora", "lora_sb")
@@ -213,7 +214,7 @@ def train(run: Run, rank: int, port: int, started) -> None:
         return train_recipe(run, started)
     torch.set_num_threads(1)
     gc.freeze()  # what the fork brought along: a collection of it takes half a second
-    publishing_trainer.plot = lambda *args: False  # most of the time of such a run
+    publishing.plot = lambda *args: False  # most of the time of such a run
     trainer = make(run)
     if rank == 0:
         trainer.add_callback(Losses(run.out / "losses.jsonl"))

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments, get_linear_schedule_with_wa
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
-from hf_reflora import LoraSbCallback, RefLoraCallback, RefLoraTrainer, backend, create_reflora_optimizer
+from hf_reflora import LoraSbCallback, RefLoraCallback, RefLoraTrainer, create_reflora_optimizer
+from hf_reflora.distributed import backend
 from hf_reflora.reflora.optimizer import STEP_KEY
 
 

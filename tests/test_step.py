@@ -1,15 +1,10 @@
 """Settings of a step and their errors, when a step is due, the moments of optimizers, and how the files import."""
 
-import ast
-import graphlib
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-import hf_reflora
 from hf_reflora import RefLora
 from hf_reflora.reflora.factors import require_pairs
 from hf_reflora.reflora.step import check_optimizer
@@ -157,72 +152,3 @@ def test_dtype_float64_is_used_for_float32_factors():
         RefLora(eps=1e-5, dtype=dtype).before_optimizer(require_pairs(model), torch.optim.SGD(model.parameters()))
         errors[dtype] = ((A.grad - exact).norm() / exact.norm()).item()
     assert errors["float64"] < 5e-8 < errors["float32"] < 1e-4
-
-
-def test_imports_go_one_way():
-    allowed = {
-        "dtensors": set(),
-        "refactor": {"dtensors"},
-        "backend": set(),
-        "pairs": set(),
-        "sharded": {"dtensors"},
-        "step": {"dtensors", "refactor", "pairs", "sharded"},
-        "zero": {"pairs", "refactor", "sharded", "step"},
-        "optimizer": {"pairs", "step"},
-        "callbacks": {"backend", "optimizer", "pairs", "sharded", "step", "zero"},
-        "lora_sb.subspace": set(),
-        "lora_sb.gradients": set(),
-        "lora_sb.config": set(),
-        "lora_sb.layer": {"backend", "lora_sb.config", "lora_sb.subspace", "sharded"},
-        "lora_sb.model": {"lora_sb.config", "lora_sb.layer"},
-        "lora_sb.initialize": {
-            "dtensors",
-            "sharded",
-            *(f"lora_sb.{n}" for n in ("config", "gradients", "layer", "subspace")),
-        },
-        "lora_sb.callback": {
-            "backend",
-            "sharded",
-            *(f"lora_sb.{n}" for n in ("gradients", "initialize", "model", "subspace")),
-        },
-        "arguments": {"callbacks", "lora_sb"},
-        "papers": set(),
-        "checkpoints": set(),
-        "environment": set(),
-        "ids": set(),
-        "scan": set(),
-        "plot": set(),
-        "hub": set(),
-        "export": {"lora_sb", "lora_sb.subspace"},
-        "card": {"papers", "ids"},
-        "inspect": {"lora_sb", "refactor"},
-        "record": {"backend", "environment", "ids", "inspect", "lora_sb", "sharded"},
-        "publish": {"hub", "card", "export", "ids", "inspect", "lora_sb", "plot", "record", "scan"},
-        "publishing_trainer": {"backend", "hub", "card", "environment", "ids", "plot", "publish", "record", "sharded"},
-        "trainer": {"callbacks", "checkpoints", "lora_sb", "papers", "publishing_trainer"},
-        "space": {"hub", "card", "ids", "scan"},
-        "cli": {"card", "export", "inspect", "plot", "publish", "space"},
-    }
-    found, foreign = {}, {}
-    folder = Path(hf_reflora.__file__).parent
-    for path in folder.rglob("*.py"):
-        name = ".".join(path.relative_to(folder).with_suffix("").parts)
-        imports = [
-            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
-        ]
-        inner = [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
-        found[name] = set()
-        for node in inner:
-            package = name.split(".")[: -node.level]
-            modules = [node.module] if node.module else [a.name for a in node.names]
-            found[name] |= {".".join([*package, module]) for module in modules}
-        outer = [node.module for node in imports if isinstance(node, ast.ImportFrom) and not node.level]
-        outer += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
-        foreign[name] = {name.split(".")[0] for name in outer}
-    for name, targets in allowed.items():
-        assert found[name] <= targets, name
-    graphlib.TopologicalSorter(found).prepare()  # raises CycleError
-    assert not any("hf_reflora" in names for names in foreign.values())
-    for name in ("dtensors", "refactor", "lora_sb.subspace"):
-        assert foreign[name] <= {"torch"} | sys.stdlib_module_names
-    assert "peft" not in foreign["step"] | foreign["optimizer"]
