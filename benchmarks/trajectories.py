@@ -33,7 +33,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, RefLoraCallback
-from hf_reflora.distributed.parameters import adapter_tensors
+from hf_reflora.distributed.parameters import adapter_state_dict
 from hf_reflora.report.environment import environment, write_json
 
 
@@ -135,7 +135,7 @@ def run(backend: str, method: str, folder: str) -> dict:
     model = get_peft_model(model, config_cls(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     if method in ("LoRA", "RefLoRA", "RefLoRA-S, rescale", "RefLoRA-S, precondition"):
         spread(model)
-    start = adapter_tensors(model)
+    start = adapter_state_dict(model)
     trainer = Trainer(
         model=model,
         args=args,
@@ -149,7 +149,7 @@ def run(backend: str, method: str, folder: str) -> dict:
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "start": start,
-        "adapter": adapter_tensors(trainer.model),
+        "adapter": adapter_state_dict(trainer.model),
         "processes": args.world_size,
     }
 

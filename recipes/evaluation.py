@@ -10,7 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_reflora.distributed.parameters import is_sharded
+from hf_reflora.distributed.parameters import has_sharded_parameters
 
 
 def reference(row: dict[str, Any]) -> str:
@@ -31,7 +31,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers to the prompts of `rows`, in their order; the rows are shared out over the processes."""
     state = PartialState()
-    sharded = is_sharded(model) and state.num_processes > 1
+    sharded = has_sharded_parameters(model) and state.num_processes > 1
     with state.split_between_processes(list(range(len(rows)))) as indices:
         mine = {i: _prompt_ids(tokenizer, rows[i]["prompt"]) for i in indices}
     batches = _batches(sorted(mine, key=lambda i: len(mine[i])), batch_size)

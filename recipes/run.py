@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 from trl import ModelConfig, ScriptArguments
 
 from hf_reflora import PushError, RunRecordCallback
-from hf_reflora.distributed.parameters import partitioned
+from hf_reflora.distributed.parameters import is_zero3_partitioned
 from hf_reflora.report.environment import environment, peak_memory_gb, usable_cores
 from hf_reflora.report.ids import hub_id
 from hf_reflora.report.recorder import dataset_facts, non_default
@@ -106,7 +106,7 @@ def run(
         return scores
 
     # ZeRO-3 has the base model in parts at once, but computes with it after training has begun.
-    late = any(partitioned(parameter) for parameter in trainer.model.parameters())
+    late = any(is_zero3_partitioned(parameter) for parameter in trainer.model.parameters())
     if not late:
         trainer.run_record.update(scores={"before": evaluate("before")})
     try:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers.pytorch_utils import Conv1D
 
 from hf_reflora import RefLora, create_reflora_optimizer
-from hf_reflora.distributed.parameters import whole
+from hf_reflora.distributed.parameters import full_tensor
 from hf_reflora.reflora.factors import LoraPair, dense_gradient, lora_layers, require_pairs, trainable_pairs
 
 
@@ -412,7 +412,7 @@ def test_factors_sharded_by_fsdp2(mesh, method):
                 with pytest.raises(ValueError, match=r"made before the model was sharded.*after fully_shard"):
                     optimizers[0].step()
             optimizers[-1].step()
-        results.append({name: whole(value) for name, value in tiny.trainable(model).items()})
+        results.append({name: full_tensor(value) for name, value in tiny.trainable(model).items()})
     tiny.assert_same(*results, rtol=0, atol=1e-12)
 
 

@@ -1,6 +1,5 @@
 """Settings of a step and their errors, when a step is due, the moments of optimizers, and how the files import."""
 
-
 import pytest
 import tiny
 import torch

@@ -35,7 +35,7 @@ from hf_reflora import (
     create_reflora_optimizer,
     initialize_lora_sb_weights,
 )
-from hf_reflora.distributed.parameters import adapter_tensors
+from hf_reflora.distributed.parameters import adapter_state_dict
 from hf_reflora.lora_sb.initialize import mean_loss
 from hf_reflora.reflora.optimizer import STEP_KEY
 from hf_reflora.report.diagnostics import diagnostics
@@ -132,7 +132,7 @@ def clipping(folder, backend):
     run.train()
     before, after = by_hand(clipped_sgd(after=False)), by_hand(clipped_sgd(after=True))
     differ(before, after)
-    close(adapter_tensors(run.model), after if backend in ZERO else before)
+    close(adapter_state_dict(run.model), after if backend in ZERO else before)
 
 
 SETTINGS = {"warmup_steps": 1, "interval": 2, "smoothness": 10.0}
@@ -165,7 +165,7 @@ def settings(folder, backend, method):
     run = trainer(backend, folder, [RefLoraCallback(method, **SETTINGS)], max_steps=4)
     run.train()
     assert not any(p._backward_hooks for p in run.model.parameters())
-    close(adapter_tensors(run.model), with_settings(method), 2e-5)
+    close(adapter_state_dict(run.model), with_settings(method), 2e-5)
 
 
 @case("reflora", "reflora_s")
@@ -180,7 +180,7 @@ def two_calls_of_train(folder, method):
     for _ in range(2):
         optimizer.param_groups[0][STEP_KEY] = 0
         by_hand(lambda _: optimizer.step(), 3, model)
-    close(adapter_tensors(run.model), get_peft_model_state_dict(model), 2e-5)
+    close(adapter_state_dict(run.model), get_peft_model_state_dict(model), 2e-5)
 
 
 @case(*(f"{backend}, {kind}" for backend in ["FSDP2", *ZERO[1:]] for kind in ("RefLoRA", "LoRA-SB")))
@@ -202,7 +202,7 @@ def published(folder, backend, kind, **changes):
         trainer.train(resume)
         trainer.save_model()
         dist.barrier()
-        return trainer, adapter_tensors(trainer.model)
+        return trainer, adapter_state_dict(trainer.model)
 
     trainer, tensors = run("whole")
     assert len(tensors) == (28 if kind == "RefLoRA" else 42)
@@ -251,7 +251,7 @@ def float32(folder: Path, kind: str) -> tuple[list[float], dict]:
     config_cls, callback = BF16[kind]
     run = trainer("DDP", folder, [callback()], adapted(config_cls), max_steps=4)
     run.train()
-    return losses(run), adapter_tensors(run.model)
+    return losses(run), adapter_state_dict(run.model)
 
 
 @case(*(f"{backend}, {kind}" for backend in ["FSDP2", *ZERO] for kind in BF16))
@@ -269,7 +269,7 @@ def bf16(folder, backend, kind):
     assert losses(run) == pytest.approx(in_float32, abs=0.01)
     # Adam's first steps are as large as R. Plain LoRA differs as much, with ZeRO-0 twice as much as with the others.
     limit = 0.3 if kind == "LoRA-SB" else 0.15
-    moved = adapter_tensors(run.model)
+    moved = adapter_state_dict(run.model)
     for name, value in expected.items():
         assert (moved[name] - value).norm() < limit * value.norm(), name
 
@@ -296,7 +296,7 @@ def shares(folder, backend, kind):
     batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
     with mock.patch.object(dist, "is_initialized", return_value=False):
         initialize_lora_sb_weights(alone, [batch], eta=1.0, update="gradient")
-    found, expected = products(adapter_tensors(run.model)), products(get_peft_model_state_dict(alone))
+    found, expected = products(adapter_state_dict(run.model)), products(get_peft_model_state_dict(alone))
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-4 * value.norm(), name
 
@@ -348,7 +348,7 @@ def plain_loop(folder, method, made):
                 optim.step()
             if method == "reflora_s":
                 tiny.rescale_by_hand(pairs, moments)
-        close(adapter_tensors(model), get_peft_model_state_dict(single), 1e-9)
+        close(adapter_state_dict(model), get_peft_model_state_dict(single), 1e-9)
 
 
 @case("FSDP2", *ZERO[2:])

@@ -1,4 +1,4 @@
-"""What accelerate and a Trainer hand to callbacks: the backend that runs, and the optimizer inside its wrappers."""
+"""Which framework runs the training, as accelerate tells it: its name, and what does not work under it."""
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -7,18 +7,18 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 
 def _state() -> AcceleratorState | None:
-    """accelerate's state, where something has started it."""
+    """accelerate's state, None before anything has made it: AcceleratorState() would then fix its settings."""
     return AcceleratorState() if AcceleratorState._shared_state else None
 
 
 def is_deepspeed() -> bool:
-    """Whether DeepSpeed trains, which takes the optimizer's step inside the backward pass."""
+    """Whether DeepSpeed trains. It takes the optimizer's step inside the backward pass."""
     state = _state()
     return state is not None and state.distributed_type == DistributedType.DEEPSPEED
 
 
 def backend_name() -> str:
-    """The backend as a person says it, such as "MULTI_GPU", "FSDP2" or "DeepSpeed ZeRO-2"."""
+    """The backend's name for people, such as "MULTI_GPU", "FSDP2" or "DeepSpeed ZeRO-2"."""
     state = _state()
     if state is None:
         return PartialState().distributed_type.value
@@ -27,14 +27,14 @@ def backend_name() -> str:
     return "FSDP2" if state.is_fsdp2 else state.distributed_type.value
 
 
-def steps_on_float32() -> bool:
-    """Whether 16-bit parameters in a forward pass are copies, of float32 ones that the optimizer steps on."""
+def optimizer_steps_in_float32() -> bool:
+    """Whether 16-bit parameters are only copies for the forward pass, of float32 ones that the optimizer steps on."""
     state = _state()
     return state is not None and (is_deepspeed() or state.is_fsdp2) and state.mixed_precision in ("fp16", "bf16")
 
 
 def check_backend(what: str) -> None:
-    """Raises a ValueError on backends where the factors and their gradients are out of reach.
+    """Raises a ValueError on backends that give no access to the factors and their gradients.
 
     Args:
         what: What would not work there, for the message.
@@ -57,7 +57,7 @@ def check_backend(what: str) -> None:
 
 
 def check_saving(state: AcceleratorState) -> None:
-    """Raises a ValueError for settings under which a Trainer saves an adapter without weights, or none."""
+    """Raises a ValueError for settings under which a Trainer saves no adapter, or one without weights."""
     if state.distributed_type == DistributedType.FSDP and "FULL" not in str(state.fsdp_plugin.state_dict_type):
         raise ValueError(
             f"With {state.fsdp_plugin.state_dict_type} a Trainer saves no adapter. Choose FULL_STATE_DICT: "
@@ -73,8 +73,8 @@ def check_saving(state: AcceleratorState) -> None:
             )
 
 
-def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside the wrappers of accelerate and DeepSpeed, which lack its hooks and its state."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

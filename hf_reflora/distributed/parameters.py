@@ -1,9 +1,10 @@
-"""Parameters that a framework keeps in parts, read whole and written: FSDP2's DTensors and DeepSpeed's partitions.
+"""Reads and writes parameters that are sharded: FSDP2's DTensors and the partitions of DeepSpeed's ZeRO.
 
-All functions are collective: every process calls them, with the same parameters in the same order.
+Unless a function says otherwise it is collective: every process must call it, with the same parameters in the same
+order, or the processes wait for each other for ever.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,22 +12,22 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of all parts of a DTensor; another tensor as it is. The same to the bit on every process."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gathers a DTensor; returns any other tensor as it is. The result is bit-identical on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, sharing its memory; another tensor as it is."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor, sharing its memory; any other tensor as it is. Not collective."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def put_(target: Tensor, value: Tensor) -> None:
-    """Copies `value`, which is whole and the same everywhere, into `target`, of which a DTensor keeps its part."""
+def copy_full_(target: Tensor, value: Tensor) -> None:
+    """Copies the full tensor `value`, equal on every process, into `target`; a DTensor takes its own shard of it."""
     if isinstance(target, DTensor):
         mesh = target.device_mesh
         replicated = DTensor.from_local(value.to(target.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -34,53 +35,89 @@ def put_(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 keeps the parameter in parts: outside of `gathered` its shape is (0,)."""
+def sum_over_shards(
+    values: Tensor,  # (n, ...), one value for each factor, computed from its local shard
+    factors: Sequence[Tensor],  # n factors
+) -> Tensor:  # (n, ...)
+    """Adds up what each process computed from its own rows of the factors; a factor that is not sharded keeps it."""
+    groups: dict[tuple, list[int]] = {}
+    for i, factor in enumerate(factors):
+        if isinstance(factor, DTensor):
+            groups.setdefault((factor.device_mesh, factor.placements), []).append(i)
+    if not groups:
+        return values
+    totals = values.clone()
+    for (mesh, placements), indices in groups.items():
+        # HSDP shards over one dimension of the mesh and replicates over the other, where nothing is to be added.
+        addends = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+        totals[indices] = DTensor.from_local(values[indices], mesh, addends, run_check=False).full_tensor()
+    return totals
+
+
+def is_zero3_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 partitions the parameter: outside of `gather_parameters` its shape is (0,). Not collective."""
     return hasattr(parameter, "ds_id")
 
 
-def linked(parameter: Tensor) -> bool:
-    """Whether DeepSpeed steps on a float32 copy in parts that the parameter leads to: ZeRO-1, 2 and 3."""
-    return partitioned(parameter) or hasattr(parameter, "_hp_mapping")
+def has_zero_master_copy(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's optimizer steps on a partitioned float32 copy of the parameter: ZeRO-1, 2 and 3.
+
+    A change of the parameter alone would be lost at the next step. Not collective.
+    """
+    return is_zero3_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
 
 
-def in_parts(parameter: Tensor) -> bool:
-    """Whether FSDP2 or tensor parallelism keeps the parameter in parts, or DeepSpeed what its optimizer steps on."""
-    return isinstance(parameter, DTensor) or linked(parameter)
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 or tensor parallelism shards the parameter, or ZeRO what its optimizer steps on. Not collective."""
+    return isinstance(parameter, DTensor) or has_zero_master_copy(parameter)
+
+
+def has_sharded_parameters(model: nn.Module) -> bool:
+    """Whether a single process cannot run `model`: FSDP2, tensor parallelism or ZeRO-3 shard it. Not collective."""
+    return any(isinstance(parameter, DTensor) or is_zero3_partitioned(parameter) for parameter in model.parameters())
 
 
 @contextmanager
-def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Within it ZeRO-3's parameters are whole. With `write`, what the main process has written is kept by all."""
-    parts = [parameter for parameter in parameters if partitioned(parameter)]
-    if not parts:
+def gather_parameters(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Within it ZeRO-3's parameters have their full shape; all other parameters are left alone.
+
+    Args:
+        write: Spread what the main process has written into them to all processes at the end. Without it, changes are
+            lost.
+    """
+    partitioned = [parameter for parameter in parameters if is_zero3_partitioned(parameter)]
+    if not partitioned:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 
 
 @torch.no_grad()
-def write_(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copies `value`, whole and the same everywhere, into a parameter and the float32 copy that DeepSpeed steps on."""
-    with gathered([parameter], write=True):
-        put_(parameter, value)
-    if partitioned(parameter):
+def write_parameter_(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copies the full tensor `value`, equal on every process, into a parameter and into DeepSpeed's master copy."""
+    with gather_parameters([parameter], write=True):
+        copy_full_(parameter, value)
+    if is_zero3_partitioned(parameter):
         from deepspeed.utils import safe_set_local_fp32_param
 
         safe_set_local_fp32_param(parameter, parameter.ds_tensor.float())
-    elif linked(parameter):  # ZeRO-1 and 2
+    elif has_zero_master_copy(parameter):  # ZeRO-1 and 2
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.float())
 
 
-def check_reachable(model: nn.Module, what: str) -> None:
-    """Raises a NotImplementedError for 16-bit parameters whose float32 copies DeepSpeed's ZeRO-0 keeps to itself."""
+def check_master_copies(model: nn.Module, what: str) -> None:
+    """Raises a NotImplementedError where a written parameter would be overwritten from a copy that is out of reach.
+
+    ZeRO-0 steps on float32 copies of 16-bit parameters and, unlike ZeRO-1 to 3, offers no way to them.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not linked(parameter) and parameter.dtype in (torch.float16, torch.bfloat16):
+        is_half = parameter.dtype in (torch.float16, torch.bfloat16)
+        if parameter.requires_grad and is_half and not has_zero_master_copy(parameter):
             raise NotImplementedError(
                 f"{what} changes {name}, which is {parameter.dtype}, but DeepSpeed's ZeRO-0 steps on a float32 copy "
                 "that cannot be changed from here. Use ZeRO-1, 2 or 3, or train in float32."
@@ -88,34 +125,37 @@ def check_reachable(model: nn.Module, what: str) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Returns FSDP2's modules to their shards: writes to parameters that a forward pass left whole are lost."""
+    """Returns FSDP2's modules to their sharded state, in which a write to a parameter lasts.
+
+    A forward pass may leave a module unsharded; the next reshard then throws away what was written to the shards.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.unshard()  # notes the gradients' dtype anew, which it takes from the parameters that are trainable
+            # unshard() also makes FSDP2 note the gradients' dtype again, which it takes from the parameters that are
+            # trainable at that moment: during LoRA-SB's initialization none was.
+            module.unshard()
             module.reshard()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2, tensor parallelism or ZeRO-3 keeps a parameter of `model` in parts."""
-    return any(isinstance(parameter, DTensor) or partitioned(parameter) for parameter in model.parameters())
-
-
 @contextmanager
-def checkpoint_wrappers_removed(model: nn.Module) -> Iterator[None]:
-    """Within it the wrappers of FSDP's activation checkpointing are gone: by their names PEFT finds no adapter."""
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationWrapper)]
-    for name, module in reversed(wrapped):
+def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
+    """Within it the wrappers of FSDP's activation checkpointing are gone. Not collective.
+
+    They put "_checkpoint_wrapped_module" into the modules' names, and PEFT then finds no adapter to save.
+    """
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationWrapper)]
+    for name, module in reversed(wrappers):
         model.set_submodule(name, module._checkpoint_wrapped_module)
     try:
         yield
     finally:
-        for name, module in wrapped:
+        for name, module in wrappers:
             model.set_submodule(name, module)
 
 
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The active adapter's tensors, whole, by PEFT's names."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with gathered(trained), checkpoint_wrappers_removed(model):
+def adapter_state_dict(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of the active adapter's full tensors, by PEFT's names."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with gather_parameters(trainable), without_checkpoint_wrappers(model):
         tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-        return {name: whole(tensor).detach().clone() for name, tensor in tensors.items()}
+        return {name: full_tensor(tensor).detach().clone() for name, tensor in tensors.items()}

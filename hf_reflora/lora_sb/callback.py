@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..distributed.backend import check_backend, inner_optimizer, is_deepspeed
-from ..distributed.parameters import check_reachable
+from ..distributed.backend import check_backend, is_deepspeed, unwrap_optimizer
+from ..distributed.parameters import check_master_copies
 from .gradients import random_states_kept
 from .initialize import adapter_layers, initialize_lora_sb_weights, is_initialized
 from .model import restore_float32
@@ -106,7 +106,7 @@ class LoraSbCallback(TrainerCallback):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return
         if is_deepspeed():
-            check_reachable(model, "LoRA-SB's initialization")
+            check_master_copies(model, "LoRA-SB's initialization")
         with random_states_kept():  # samples may be drawn at random
             initialize_lora_sb_weights(
                 model,
@@ -144,7 +144,7 @@ def first_learning_rate(optimizer: Optimizer, lr_scheduler: Any) -> float:
     Raises:
         ValueError: if it is 0 and the schedule does not tell the next ones (a `LambdaLR` does).
     """
-    rate = inner_optimizer(optimizer).param_groups[0]["lr"]
+    rate = unwrap_optimizer(optimizer).param_groups[0]["lr"]
     if rate > 0:
         return float(rate)
     scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # out of accelerate's wrapper
@@ -165,7 +165,7 @@ def update_of(optimizer: Optimizer) -> str:
     Raises:
         ValueError: for other optimizers.
     """
-    names = [cls.__name__ for cls in type(inner_optimizer(optimizer)).__mro__]
+    names = [cls.__name__ for cls in type(unwrap_optimizer(optimizer)).__mro__]
     if any(name.startswith(("Adam", "Lion", "PagedAdam", "PagedLion")) for name in names):
         return "sign"
     if "SGD" in names:

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed.parameters import gathered, is_sharded, reshard, whole, write_
+from ..distributed.parameters import full_tensor, gather_parameters, has_sharded_parameters, reshard, write_parameter_
 from .config import LoraSbConfig
 from .gradients import frozen, random_states_kept, weight_gradients
 from .layer import LoraSbLayer
@@ -95,7 +95,7 @@ def initialize_lora_sb_weights(
     with random_states_kept():
         batches = list(dataloader)
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    sharded = processes > 1 and is_sharded(model)
+    sharded = processes > 1 and has_sharded_parameters(model)
     weights = [1] * len(batches)
     if sharded:  # forward and backward passes are collective: every process makes as many
         _fill_up(batches, weights)
@@ -220,8 +220,8 @@ def is_initialized(model: PeftModel, adapter_name: str) -> bool:
     """Whether the adapter has been initialized, loaded or trained: B of a LoRA is 0 before."""
     layers = adapter_layers(model, adapter_name).values()
     ordinary = [layer.lora_B[adapter_name].weight for layer in layers if isinstance(layer, LoraLayer)]
-    with gathered(ordinary):
-        return any(bool(whole(B).any()) for B in ordinary) or any(
+    with gather_parameters(ordinary):
+        return any(bool(full_tensor(B).any()) for B in ordinary) or any(
             adapter_name in layer.initialized for layer in layers if isinstance(layer, LoraSbLayer)
         )
 
@@ -315,5 +315,5 @@ def _set_factors(layer: BaseTunerLayer, adapter_name: str, U: Tensor, S: Tensor,
         layer.set_factors(adapter_name, B, torch.zeros_like(R) if at_base else R, A)
     else:
         B, A = balanced_factors(U, S, V, s)
-        write_(layer.lora_B[adapter_name].weight, torch.zeros_like(B) if at_base else B)
-        write_(layer.lora_A[adapter_name].weight, A)
+        write_parameter_(layer.lora_B[adapter_name].weight, torch.zeros_like(B) if at_base else B)
+        write_parameter_(layer.lora_A[adapter_name].weight, A)

@@ -11,8 +11,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed.backend import steps_on_float32
-from ..distributed.parameters import write_
+from ..distributed.backend import optimizer_steps_in_float32
+from ..distributed.parameters import write_parameter_
 from .config import LoraSbConfig
 from .subspace import truncated_svd
 
@@ -90,7 +90,7 @@ class LoraSbLayer(BaseTunerLayer):
     def set_factors(self, adapter_name: str, B: Tensor, R: Tensor, A: Tensor) -> None:
         """Copies B (out, r), R (r, r) and A (r, in) into the adapter, in place: optimizers and backends see them."""
         self.lorasb_B[adapter_name].copy_(B)
-        write_(self.lorasb_R[adapter_name], R)
+        write_parameter_(self.lorasb_R[adapter_name], R)
         self.lorasb_A[adapter_name].copy_(A)
         self.initialized.add(adapter_name)
 
@@ -166,7 +166,7 @@ class Linear(nn.Module, LoraSbLayer):
                 "change nothing. Call initialize_lora_sb_weights(model, dataloader, ...), or give the trainer a "
                 'LoraSbCallback; or choose init_weights="lora_xs" or True, which need no data.'
             )
-        if R.dtype in HALF and not steps_on_float32():
+        if R.dtype in HALF and not optimizer_steps_in_float32():
             raise RuntimeError(
                 f'R of the LoRA-SB adapter "{name}" is {R.dtype}, in which an optimizer\'s updates are rounded away. '
                 "Leave autocast_adapter_dtype=True; where TRL casts it (quantized models), LoraSbCallback undoes it."

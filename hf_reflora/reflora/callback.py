@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
-from ..distributed.backend import check_backend, inner_optimizer, is_deepspeed
-from ..distributed.parameters import check_reachable, gathered
+from ..distributed.backend import check_backend, is_deepspeed, unwrap_optimizer
+from ..distributed.parameters import check_master_copies, gather_parameters
 from .deepspeed import GradientHooks, rescale_
 from .factors import lora_layers, require_pairs, trainable_pairs
 from .optimizer import STEP_KEY
@@ -70,7 +70,7 @@ class RefLoraCallback(TrainerCallback):
         check_optim(str(getattr(args.optim, "value", args.optim)))
         require_pairs(model)
         if optimizer is not None:
-            check_optimizer(type(inner_optimizer(optimizer)))
+            check_optimizer(type(unwrap_optimizer(optimizer)))
             if any(STEP_KEY in group for group in optimizer.param_groups):
                 raise ValueError(
                     "The optimizer comes from create_reflora_optimizer and RefLoraCallback would refactor a second "
@@ -84,21 +84,21 @@ class RefLoraCallback(TrainerCallback):
         if self._deepspeed:
             pairs = trainable_pairs(self._layers)
             if self.reflora.rescales:
-                check_reachable(model, "RefLoRA-S as rescaling (not form='precondition')")
+                check_master_copies(model, "RefLoRA-S as rescaling (not form='precondition')")
             self._hooks.attach([] if self.reflora.rescales else pairs)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if self._deepspeed and not self.reflora.rescales:
             pairs = trainable_pairs(self._layers) if self.reflora.due(state.global_step) else []
-            self._hooks.freeze(pairs, inner_optimizer(optimizer))
+            self._hooks.freeze(pairs, unwrap_optimizer(optimizer))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not self._deepspeed and not self.reflora.rescales and self.reflora.due(state.global_step):
-            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), inner_optimizer(optimizer))
+            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), unwrap_optimizer(optimizer))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.reflora.rescales and self.reflora.due(state.global_step):
-            pairs, optimizer = trainable_pairs(self._layers), inner_optimizer(optimizer)
+            pairs, optimizer = trainable_pairs(self._layers), unwrap_optimizer(optimizer)
             if self._deepspeed:
                 rescale_(self.reflora, pairs, optimizer)
             else:
@@ -117,7 +117,7 @@ class RefLoraCallback(TrainerCallback):
         """
         pairs = trainable_pairs(self._layers)
         values = {}
-        with gathered(factor for pair in pairs for factor in (pair.A, pair.B)):
+        with gather_parameters(factor for pair in pairs for factor in (pair.A, pair.B)):
             found = self.reflora.diagnose(pairs) if pairs else {}
         for name, value in found.items():
             value = value[value.isfinite()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed.parameters import gathered, linked, partitioned
+from ..distributed.parameters import gather_parameters, has_zero_master_copy, is_zero3_partitioned
 from .factors import LoraPair
 from .refactor import ieee_arithmetic
 from .step import RefLora, moment_degree
@@ -38,7 +38,7 @@ class GradientHooks:
 
     def freeze(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
         """Computes S from the factors as they are now. `pairs` may be empty: a plain step."""
-        with gathered(factor for pair in pairs for factor in (pair.A, pair.B)):
+        with gather_parameters(factor for pair in pairs for factor in (pair.A, pair.B)):
             multipliers = self.reflora.multipliers(pairs, optimizer) if pairs else []
         self._multipliers = {pair.name: found for pair, found in zip(pairs, multipliers, strict=True)}
 
@@ -72,7 +72,7 @@ def rescale_(reflora: RefLora, pairs: Sequence[LoraPair], optimizer: Optimizer) 
             "form='precondition'."
         )
     factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
-    with gathered(factors):
+    with gather_parameters(factors):
         roots = torch.stack(reflora.scalars(pairs, optimizer)).sqrt().tolist()
     scales = [scale for root in roots for scale in (root, 1 / root)]
     kept = {
@@ -83,14 +83,14 @@ def rescale_(reflora: RefLora, pairs: Sequence[LoraPair], optimizer: Optimizer) 
     degrees = {name: degree for name, degree in kept.items() if degree}
     for factor, scale in zip(factors, scales, strict=True):
         _scale_state(factor, scale, degrees, optimizer)
-    with gathered(factors, write=True):
+    with gather_parameters(factors, write=True):
         for factor, scale in zip(factors, scales, strict=True):
             factor.mul_(scale)
 
 
 def _scale_state(factor: Tensor, scale: float, degrees: dict[str, int], optimizer: Optimizer) -> None:
     """Scales this process's float32 copy of a factor and its moments, where DeepSpeed keeps them apart from it."""
-    if partitioned(factor):
+    if is_zero3_partitioned(factor):
         from deepspeed.utils import (
             safe_get_local_fp32_param,
             safe_get_local_optimizer_state,
@@ -102,7 +102,7 @@ def _scale_state(factor: Tensor, scale: float, degrees: dict[str, int], optimize
         for name, degree in degrees.items():
             moment = safe_get_local_optimizer_state(factor, name)
             safe_set_local_optimizer_state(factor, moment / scale**degree, name)
-    elif linked(factor):
+    elif has_zero_master_copy(factor):
         if factor._hp_mapping is not None:  # this process owns a part of it
             factor._hp_mapping.get_hp_fragment(None).data.mul_(scale)
             for name, degree in degrees.items():

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed.parameters import whole
+from ..distributed.parameters import full_tensor
 
 
 Quintic = tuple[float, float, float]
@@ -194,7 +194,7 @@ def gram_stack(
     for indices in _alike(factors):
         stack = torch.stack([factors[i] for i in indices]).to(dtype)
         # Of shards the sum over the processes, an all-reduce of r × r.
-        for i, gram in zip(indices, whole(stack @ stack.mT).unbind(0), strict=True):
+        for i, gram in zip(indices, full_tensor(stack @ stack.mT).unbind(0), strict=True):
             grams[i] = gram
     return torch.stack(grams)
 
@@ -332,7 +332,7 @@ def balance_scalars(As: Sequence[Tensor], Bs: Sequence[Tensor], inverse_steps: S
     for indices in _grouped([A.device for A in As]):
         dtype = compute_dtype(*(M[i] for M in (As, Bs) for i in indices))
         norm_A, norm_B = (
-            torch.stack([whole(torch.linalg.vector_norm(M[i], dtype=dtype)) for i in indices]) for M in (As, Bs)
+            torch.stack([full_tensor(torch.linalg.vector_norm(M[i], dtype=dtype)) for i in indices]) for M in (As, Bs)
         )
         steps = None if inverse_steps is None else norm_A.new_tensor([inverse_steps[i] for i in indices])
         for i, s in zip(indices, balance_scalar(norm_A, norm_B, inverse_step=steps).unbind(0), strict=True):

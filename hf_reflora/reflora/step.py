@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed.parameters import in_parts, part, put_, whole
+from ..distributed.parameters import copy_full_, full_tensor, is_sharded, local_tensor
 from . import refactor
 from .factors import LoraPair, dense_gradient
 
@@ -99,11 +99,11 @@ class RefLora:
         grads_A, grads_B, gathered = [], [], []
         for pair in pairs:
             grad_A, grad_B = dense_gradient(pair.A), dense_gradient(pair.B)
-            whole_A = None if grad_A is None else whole(grad_A)
+            whole_A = None if grad_A is None else full_tensor(grad_A)
             if whole_A is not grad_A:
                 gathered.append((grad_A, whole_A))
             grads_A += pair.split_A(whole_A) if grad_A is not None else [None] * pair.blocks
-            grads_B += pair.split_B(part(grad_B)) if grad_B is not None else [None] * pair.blocks
+            grads_B += pair.split_B(local_tensor(grad_B)) if grad_B is not None else [None] * pair.blocks
         inverse_steps = self._inverse_steps(pairs, optimizer)
         if self.method == "reflora_s":
             refactor.precondition_scalar_(As, Bs, grads_A, grads_B, inverse_steps=inverse_steps)
@@ -112,8 +112,10 @@ class RefLora:
                 As, Bs, grads_A, grads_B, eps=self.eps, dtype=DTYPES[self.dtype], inverse_steps=inverse_steps
             )
         for grad, value in gathered:
-            put_(grad, value)
-        return whole(torch.nn.utils.get_total_norm([g for p in pairs for g in (p.A.grad, p.B.grad) if g is not None]))
+            copy_full_(grad, value)
+        return full_tensor(
+            torch.nn.utils.get_total_norm([g for p in pairs for g in (p.A.grad, p.B.grad) if g is not None])
+        )
 
     def after_optimizer(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
         """Rescales the factors and the optimizer's moments (RefLoRA-S as a true refactoring).
@@ -122,7 +124,7 @@ class RefLora:
             ValueError: Pairs share memory (PEFT's `ensure_weight_tying`), or the optimizer keeps unknown state.
         """
         pairs = _held(pairs, optimizer)
-        parts = [part(factor) for pair in pairs for factor in (pair.A, pair.B)]
+        parts = [local_tensor(factor) for pair in pairs for factor in (pair.A, pair.B)]
         pointers = [p.data_ptr() for p in parts if p.numel() > 0]
         if len(set(pointers)) < len(pointers):
             raise ValueError(
@@ -160,7 +162,7 @@ class RefLora:
     def diagnose(self, pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
         """`hf_reflora.reflora.refactor.diagnose` of the pairs as they are now."""
         As, Bs = _blocks(pairs)
-        return refactor.diagnose(As, [whole(B) for B in Bs], eps=self.eps, dtype=DTYPES[self.dtype])
+        return refactor.diagnose(As, [full_tensor(B) for B in Bs], eps=self.eps, dtype=DTYPES[self.dtype])
 
     def _inverse_steps(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[float] | None:
         """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A."""
@@ -208,7 +210,7 @@ def _held(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:
     """The pairs that `optimizer` updates: another adapter's may be trainable, too."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = [pair for pair in pairs if id(pair.A) in held and id(pair.B) in held]
-    if not found and any(in_parts(pair.A) for pair in pairs):
+    if not found and any(is_sharded(pair.A) for pair in pairs):
         raise ValueError(
             f"RefLoRA looked for the {len(pairs)} LoRA pairs of the model in the optimizer, but it holds other "
             "parameters: it was made before the model was sharded, or DeepSpeed partitions them. Make the optimizer "
@@ -219,7 +221,7 @@ def _held(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:
 
 def _blocks(pairs: Sequence[LoraPair], gather: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """A and B of every block of every pair; FSDP2's A whole (`gather`), its B in shards."""
-    As = [A for p in pairs for A in p.split_A(whole(p.A.detach()) if gather else p.A)]
+    As = [A for p in pairs for A in p.split_A(full_tensor(p.A.detach()) if gather else p.A)]
     return As, [B for p in pairs for B in p.split_B(p.B)]
 
 

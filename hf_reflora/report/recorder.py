@@ -17,7 +17,7 @@ from peft import PeftModel, TaskType
 from transformers import TrainerCallback
 
 from ..distributed.backend import backend_name
-from ..distributed.parameters import adapter_tensors, is_sharded
+from ..distributed.parameters import adapter_state_dict, has_sharded_parameters
 from ..lora_sb.config import LoraSbConfig
 from .diagnostics import diagnostics, method_of
 from .environment import environment, peak_memory_gb, without_secrets, write_json
@@ -98,7 +98,7 @@ class RunRecordCallback(TrainerCallback):
         self._refresh()
         if not PartialState().is_main_process:
             return without_secrets(self.record)
-        if not is_sharded(self._model):
+        if not has_sharded_parameters(self._model):
             self._diagnose()
         record = without_secrets(self.record)
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -180,11 +180,11 @@ class RunRecordCallback(TrainerCallback):
 
     def _diagnose(self) -> None:
         """On all processes where the model is sharded."""
-        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, adapter_tensors(self._model))
+        self.record["diagnostics"] = diagnostics(self._model.active_peft_config, adapter_state_dict(self._model))
 
     def _write_together(self, folder: str | os.PathLike) -> None:
         """`write` on all processes, which a sharded model's diagnostics need."""
-        if is_sharded(self._model):
+        if has_sharded_parameters(self._model):
             self._diagnose()
         self.write(folder)
 
@@ -271,5 +271,5 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _acts(model: PeftModel) -> bool:
     """Whether the adapter changes what the model computes: lora_B or lorasb_R is not 0 in some layer."""
     last = ("lora_B.weight", "lorasb_R", "lora_embedding_A")
-    tensors = adapter_tensors(model)
+    tensors = adapter_state_dict(model)
     return any(name.endswith(last) and bool(tensor.any()) for name, tensor in tensors.items())

@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..distributed.backend import check_saving
-from ..distributed.parameters import checkpoint_wrappers_removed
+from ..distributed.parameters import without_checkpoint_wrappers
 from ..hub import client as hub
 from ..hub.adapter import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
 from ..report.card import check_license, is_edited, render
@@ -254,7 +254,7 @@ class PublishingMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         token, self.args.hub_token = self.args.hub_token, None
         try:
-            with checkpoint_wrappers_removed(self.model):
+            with without_checkpoint_wrappers(self.model):
                 super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
