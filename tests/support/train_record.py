@@ -1,0 +1,37 @@
+"""A small training for report/test_recorder.py: `accelerate launch ... train_record.py OUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from trl import SFTConfig
+
+from hf_reflora import RefLoraSFTTrainer
+from hf_reflora.report import recorder
+
+
+def train(out: Path) -> None:
+    """Trains, saves, and lists the records that this process has written."""
+    torch.set_num_threads(1)
+    written, write = [], recorder.write_json
+
+    def noted(path, *args):
+        written.append(str(path))
+        write(path, *args)
+
+    recorder.write_json = noted
+    trainer = RefLoraSFTTrainer(
+        model=tiny.lora(tiny.llama()),
+        args=SFTConfig(**tiny.arguments(out, save_strategy="steps", save_steps=2)),
+        train_dataset=tiny.token_dataset(16, labels=False),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    trainer.save_model()
+    (out / f"writes-{trainer.args.process_index}.json").write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))
