@@ -52,7 +52,7 @@ def card(options: argparse.Namespace) -> None:
     plot = options.plot if picture.exists() or draw(record, picture) else None
     names = ("repo_id", "exported", "license", "language", "tags")
     text = render(record, plot=plot, **{name: getattr(options, name) for name in names})
-    output.write_text(text, encoding="utf-8")
+    output.write_text(text, encoding="utf-8", newline="\n")
     print(output)
 
 

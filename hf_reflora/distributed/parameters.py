@@ -6,13 +6,17 @@ order, or the processes wait for each other for ever.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ def has_zero_master_copy(parameter: Tensor) -> bool:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP2 or tensor parallelism shards the parameter, or ZeRO what its optimizer steps on. Not collective."""
+    """Whether FSDP2 or tensor parallelism shards the parameter, or ZeRO its optimizer's copy. Not collective."""
     return isinstance(parameter, DTensor) or has_zero_master_copy(parameter)
 
 
@@ -153,8 +157,11 @@ def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
             model.set_submodule(name, module)
 
 
-def adapter_state_dict(model: PeftModel) -> dict[str, Tensor]:
+def adapter_state_dict(model: "PeftModel") -> dict[str, Tensor]:
     """Copies of the active adapter's full tensors, by PEFT's names."""
+    # Not at the top of the file: when PEFT is imported, hf_reflora imports lora_sb, which imports this module.
+    from peft import get_peft_model_state_dict
+
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with gather_parameters(trainable), without_checkpoint_wrappers(model):
         tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)

@@ -127,7 +127,7 @@ def push_prepared(
                 language=language or said["language"],
                 tags=[*kept(own)["tags"], *kept(earlier or "")["tags"], *tags],
             )
-            (staged / CARD_NAME).write_text(text, encoding="utf-8")
+            (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")
         files = sorted(path for path in staged.rglob("*") if path.is_file())
         check_files(staged, files, [repo.api.token])
         commit = hub.upload(repo, staged, message)
@@ -166,17 +166,17 @@ def stage(folder: Path, target: Path, *, record: dict[str, Any], checkpoints: di
         native = target / NATIVE_FOLDER
         native.mkdir()
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            (target / name).rename(native / name)
+            (target / name).replace(native / name)
         exported = target.with_name("exported")
         export_lora(folder, exported)
         for path in exported.iterdir():
-            path.rename(target / path.name)
+            path.replace(target / path.name)
     for path in target.rglob(CONFIG_NAME):
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings.get("base_model_name_or_path") != record["base_model"]:
             path.unlink()  # perhaps a link to the original
             settings["base_model_name_or_path"] = record["base_model"]
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8", newline="\n")
     if not (target / PLOT_NAME).exists():
         plot(record, target / PLOT_NAME)
     if not is_edited(_read(folder / CARD_NAME)):

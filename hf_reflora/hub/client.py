@@ -7,6 +7,7 @@ first compares the files with what the Hub has by then.
 
 import functools
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -29,13 +29,17 @@ from huggingface_hub.utils import HFValidationError, get_session, validate_repo_
 
 T = TypeVar("T")
 
+# huggingface_hub 1.x is built on httpx and 2.x on httpx2, which has the same names. What it raises are exceptions of
+# the library that it uses, so take that one; its HfHubHTTPError derives from the library's HTTPError.
+httpx: Any = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
+
 DELAYS = (1, 2, 4, 8, 16)  # seconds before each further attempt
 LONGEST_DELAY = 60  # of what the Hub asks for by Retry-After
-TIMEOUT = httpx2.Timeout(300, connect=10)  # huggingface_hub's own is none
+TIMEOUT = httpx.Timeout(300, connect=10)  # huggingface_hub's own is none
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 CONFLICT = "another conflicting operation is in progress"
 TOKENS = "https://huggingface.co/settings/tokens"
-FAILURES = (OSError, httpx2.HTTPError, RuntimeError, ValueError)  # what huggingface_hub and hf_xet raise
+FAILURES = (OSError, httpx.HTTPError, RuntimeError, ValueError)  # what huggingface_hub and hf_xet raise
 
 
 class PushError(RuntimeError):
@@ -339,7 +343,7 @@ def _bound_session() -> None:
     The client asks again at once and for ever while the Hub answers that another operation is in progress.
     """
     session = get_session()
-    if session.timeout == httpx2.Timeout(None):
+    if session.timeout == httpx.Timeout(None):
         session.timeout = TIMEOUT
     hooks = session.event_hooks
     if _pause_at_conflicts not in hooks["response"]:
@@ -347,14 +351,14 @@ def _bound_session() -> None:
         session.event_hooks = hooks
 
 
-def _pause_at_conflicts(response: httpx2.Response) -> None:
+def _pause_at_conflicts(response: Any) -> None:
     if response.status_code == 409 and response.request.url.path.endswith("/api/repos/create"):
         response.read()
         if CONFLICT in response.text:
-            raise httpx2.ReadError(f"The Hub answers that {CONFLICT}", request=response.request)
+            raise httpx.ReadError(f"The Hub answers that {CONFLICT}", request=response.request)
 
 
-def _response(error: BaseException) -> httpx2.Response | None:
+def _response(error: BaseException) -> Any:
     while error is not None:
         if isinstance(error, HfHubHTTPError):
             return error.response
@@ -380,7 +384,7 @@ def _is_transient(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in TRANSIENT
-    return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError)
+    return isinstance(error, httpx.TransportError | ConnectionError | TimeoutError)
 
 
 def _retry_after(error: BaseException) -> float:
@@ -411,6 +415,6 @@ def _reason(error: BaseException, user: str) -> str:
         return f"the Hub answered with an error {len(DELAYS) + 1} times, the last one {status}{detail}. Try again."
     if isinstance(error, JSONDecodeError):
         return f"the Hub answered {len(DELAYS) + 1} times with something that is not JSON. Try again."
-    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError | LocalEntryNotFoundError):
+    if isinstance(error, httpx.TransportError | ConnectionError | TimeoutError | LocalEntryNotFoundError):
         return f"{constants.ENDPOINT} could not be reached, or did not answer{detail}. Is there a network?"
     return f"{said or type(error).__name__}."

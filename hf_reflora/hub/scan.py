@@ -37,7 +37,7 @@ def check_files(folder: Path, files: Iterable[Path], secrets: Iterable[str | Non
     named = {name: value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
     known += [(f"the value of ${name}", value) for name, value in named.items() if not os.path.exists(value)]
     patterns = PATTERNS | {what: re.escape(value.encode()) for what, value in known}
-    found = [f"{file.relative_to(folder)} has {what}" for file in files for what in _kinds(file, patterns)]
+    found = [f"{file.relative_to(folder).as_posix()} has {what}" for file in files for what in _kinds(file, patterns)]
     if found:
         raise SecretFound(
             f"Secrets were found and nothing was published: {'; '.join(found)}. Remove them from the files, and "

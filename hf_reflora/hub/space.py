@@ -107,4 +107,4 @@ def fill(
         requirements = folder / "requirements.txt"
         lines = requirements.read_text(encoding="utf-8").splitlines()
         lines = [ZERO_GPU_TORCH if line.startswith("torch") else line for line in lines]
-        requirements.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        requirements.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")

@@ -151,9 +151,11 @@ def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
 
 def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as unfinished:
+    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        unfinished = Path(temporary) / output.name
+        unfinished.mkdir()
         config.save_pretrained(unfinished)
-        save_file(tensors, Path(unfinished) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        os.chmod(unfinished, 0o755)
-        os.replace(unfinished, output)  # an empty folder may be there
-        os.mkdir(unfinished)  # for TemporaryDirectory to remove
+        save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if output.exists():
+            output.rmdir()  # it is empty; Windows does not rename a folder onto another one
+        unfinished.rename(output)

@@ -296,7 +296,7 @@ def _hub_id(record: dict[str, Any], known: str, named: str) -> str | None:
 
 
 def _short(name: str) -> str:
-    return re.split(r"[/:]", name)[-1]
+    return re.split(r"[/\\:]", name)[-1]
 
 
 def _tags(base_model: str | None, tags: list[str]) -> list[str]:

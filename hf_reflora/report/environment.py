@@ -1,18 +1,19 @@
-"""Facts of this machine and process that a number depends on, without secrets."""
+"""Facts about this machine and process that a measured number depends on, without secrets."""
 
+import functools
 import json
 import math
-import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import cpuinfo
+import psutil
 import torch
 
 
@@ -22,17 +23,20 @@ HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def environment(repository: Path | None = None) -> dict[str, Any]:
-    """Facts that a number depends on: command, git commit of `repository`, versions and hardware.
+    """Facts that a measured number depends on: the command, the git commit, library versions and the hardware.
 
-    What cannot be found out is left out. Tokens on the command line are replaced by "***". `repository` defaults to
-    the folder of the running script, or the current one.
+    A fact that cannot be determined is left out. Tokens on the command line are replaced by "***".
+
+    Args:
+        repository: A folder inside the git repository whose commit is recorded. Default: the folder of the running
+            script, or the current folder in a notebook or an installed command.
     """
     script = Path(sys.argv[0])
-    is_script = script.suffix == ".py" and script.is_file() and "site-packages" not in script.parts  # or a notebook
+    is_script = script.suffix == ".py" and script.is_file() and "site-packages" not in script.parts
     if repository is None:
         repository = script.resolve().parent if is_script else Path.cwd()
     facts = {
-        "command": redacted(sys.argv) if is_script else None,
+        "command": redacted([script.as_posix(), *sys.argv[1:]]) if is_script else None,
         "commit": _git(repository, "rev-parse", "HEAD"),
         "uncommitted_changes": None if (status := _git(repository, "status", "--porcelain")) is None else bool(status),
         "python": platform.python_version(),
@@ -46,7 +50,7 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
 
 
 def redacted(arguments: list[str]) -> list[str]:
-    """Command-line arguments without secrets: values of options named after tokens, keys or secrets, and hf_…"""
+    """The command-line arguments with "***" for each value that starts with hf_ or whose option names a secret."""
     shown, hide_next = [], False
     for argument in arguments:
         option, separator, value = argument.partition("=")
@@ -60,7 +64,11 @@ def redacted(arguments: list[str]) -> list[str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of data for JSON: no Hub tokens, no values named after secrets, ~ for the home, "nan" for NaN."""
+    """A copy of `value` that can be published as JSON.
+
+    Hub tokens and the values of keys that name a secret are replaced by asterisks, the home folder by "~", and
+    numbers that are not finite, which JSON does not have, by "nan" and "inf".
+    """
     if isinstance(value, dict):
         return {
             name: "***" if isinstance(entry, str) and _is_secret(str(name)) else without_secrets(entry)
@@ -71,10 +79,17 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, str):
-        home = str(Path.home())
-        value = HUB_TOKEN.sub("hf_***", value)
-        return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", value) if len(home) > 1 else value
+        return _without_home(HUB_TOKEN.sub("hf_***", value), Path.home())
     return value
+
+
+def _without_home(text: str, home: PurePath) -> str:
+    if home == home.parent:  # the root: a service account's home, which tells nothing
+        return text
+    # On Windows people and libraries write the same folder with backslashes and with slashes.
+    for written in {str(home), home.as_posix()}:
+        text = re.sub(rf"(?<![\w/.-]){re.escape(written)}(?![\w.-])", "~", text)
+    return text
 
 
 def _is_secret(name: str) -> bool:
@@ -82,35 +97,54 @@ def _is_secret(name: str) -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The number of cores that this process may run on; a container or a batch system may allow fewer than exist."""
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):  # macOS has no such limit and psutil no such method there
+        return len(process.cpu_affinity())
+    return psutil.cpu_count() or 1
 
 
 def peak_memory_gb() -> dict[str, float]:
-    """Largest memory that this process has held so far, in 10⁹ bytes: of the host, and of each CUDA device it used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    """The most memory that this process has used so far, in 10⁹ bytes: "host" and "cuda:N" for each device."""
+    peaks = {"host": peak} if (peak := _peak_host_bytes()) is not None else {}
     for i in range(torch.cuda.device_count()):
-        peaks[f"cuda:{i}"] = torch.cuda.max_memory_allocated(i) / 1e9
-    return {name: round(value, 3) for name, value in peaks.items()}
+        peaks[f"cuda:{i}"] = torch.cuda.max_memory_allocated(i)
+    return {name: round(bytes_ / 1e9, 3) for name, bytes_ in peaks.items()}
+
+
+def _peak_host_bytes() -> int | None:
+    """The largest resident set of this process so far; None where the system does not say."""
+    # psutil reports the current size everywhere and the peak only on Windows; Unix reports it through `resource`,
+    # a module that Windows does not have.
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return memory.peak_wset
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux and the BSDs count KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes `record` to `path` whole or not at all."""
+    """Writes `record` to `path` as JSON, atomically: see `write_text`."""
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-        try:
+    """Writes `text` to `path` atomically: a reader, or a killed process, never leaves or sees half of it."""
+    # newline: Windows would write \r\n, and files on the Hub are compared byte by byte.
+    file = tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=path.parent, prefix=".", delete=False)
+    unfinished = Path(file.name)
+    try:
+        with file:  # closed before it is renamed: Windows does not rename open files
             file.write(text)
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        unfinished.chmod(0o644)  # a temporary file is readable by its owner only
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink()
+        raise
 
 
 def _git(repository: Path, *arguments: str) -> str | None:
@@ -121,9 +155,14 @@ def _git(repository: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+@functools.cache  # py-cpuinfo takes more than a second
 def _cpu() -> str | None:
+    """The processor's name, such as "Intel(R) Xeon(R) Processor"."""
+    # Linux on x86 states the name in a file that is read in no time. ARM's /proc/cpuinfo has no such line, and other
+    # systems have no such file: there py-cpuinfo asks the system's own tools.
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return name or cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or None

@@ -1,6 +1,7 @@
 """The plot of a run: training loss by step, and the scores before and after."""
 
 import os
+import re
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ def plot(record: dict[str, Any], path: str | os.PathLike) -> bool:
     axes = figure.subplots(1, 2 if names else 1, squeeze=False)
     loss = axes[0][0]
     loss.plot(*zip(*points, strict=True), marker=".", color="tab:blue")
-    model = record.get("base_model") or os.path.basename(record["model"])
+    model = record.get("base_model") or re.split(r"[/\\]", record["model"])[-1]  # a path of Windows, too
     loss.set(xlabel="optimizer step", ylabel="training loss", title=f"{record['method']} on {model}")
     loss.set_ylim(bottom=0)
     loss.grid(alpha=0.3)

@@ -205,7 +205,7 @@ class PublishingMixin:
         except Exception as error:
             options = ["--revision", repo.revision] if repo.revision != "main" else []
             options += ["--create-pr"] if repo.create_pr else []
-            command = shlex.join(["hf-reflora", "push", self.args.output_dir, repo.id, *options])
+            command = shlex.join(["hf-reflora", "push", Path(self.args.output_dir).as_posix(), repo.id, *options])
             self._push_error = hub.PushError(f"{error} Nothing is lost; this finishes it: {command}")
             raise self._push_error from None
         self._push_error = None

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import httpx2
 import huggingface_hub
 import pytest
 import saved_adapters
@@ -194,7 +193,7 @@ def test_a_lost_answer_to_a_pull_requests_commit(server, tmp_path):
 
 def test_a_silent_hub_does_not_hang_the_push(server, tmp_path, monkeypatch):
     folder = saved_adapters.lora(tmp_path)
-    monkeypatch.setattr(get_session(), "timeout", httpx2.Timeout(1))
+    monkeypatch.setattr(get_session(), "timeout", hub.httpx.Timeout(1))
     server.fault("/commit/", action="hang", seconds=3)
     begin = time.monotonic()
     push_adapter(folder, "me/adapter")
@@ -206,7 +205,7 @@ def test_a_silent_hub_does_not_hang_the_push(server, tmp_path, monkeypatch):
 
 def test_the_client_gets_a_time_limit(server, tmp_path):
     huggingface_hub.close_session()
-    assert get_session().timeout == httpx2.Timeout(None)
+    assert get_session().timeout == hub.httpx.Timeout(None)
     push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
     assert get_session().timeout == hub.TIMEOUT
     assert get_session().event_hooks["response"].count(hub._pause_at_conflicts) == 1
