@@ -7,7 +7,7 @@ from .lora_sb.initialize import initialize_lora_sb_weights
 from .lora_sb.model import LoraSbModel
 from .reflora.callback import RefLoraCallback
 from .reflora.optimizer import create_reflora_optimizer
-from .reflora.step import RefLora
+from .reflora.settings import RefLora
 from .report.recorder import RunRecordCallback
 from .trainers.arguments import LoraSbArguments, RefLoraArguments
 from .trainers.checkpoints import WholeCheckpointsMixin, last_checkpoint

@@ -72,7 +72,7 @@ def has_zero_master_copy(parameter: Tensor) -> bool:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP2 or tensor parallelism shards the parameter, or ZeRO its optimizer's copy. Not collective."""
+    """Whether FSDP2 or tensor parallelism shards it, or ZeRO shards what its optimizer steps on. Not collective."""
     return isinstance(parameter, DTensor) or has_zero_master_copy(parameter)
 
 
@@ -114,14 +114,17 @@ def write_parameter_(parameter: nn.Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value.float())
 
 
-def check_master_copies(model: nn.Module, what: str) -> None:
+def check_master_copies(named_parameters: Iterable[tuple[str, nn.Parameter]], what: str) -> None:
     """Raises a NotImplementedError where a written parameter would be overwritten from a copy that is out of reach.
 
-    ZeRO-0 steps on float32 copies of 16-bit parameters and, unlike ZeRO-1 to 3, offers no way to them.
+    ZeRO-0 steps on float32 copies of 16-bit parameters and, unlike ZeRO-1 to 3, offers no way to them. Not collective.
+
+    Args:
+        named_parameters: The parameters to be written.
+        what: What writes them, for the message.
     """
-    for name, parameter in model.named_parameters():
-        is_half = parameter.dtype in (torch.float16, torch.bfloat16)
-        if parameter.requires_grad and is_half and not has_zero_master_copy(parameter):
+    for name, parameter in named_parameters:
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not has_zero_master_copy(parameter):
             raise NotImplementedError(
                 f"{what} changes {name}, which is {parameter.dtype}, but DeepSpeed's ZeRO-0 steps on a float32 copy "
                 "that cannot be changed from here. Use ZeRO-1, 2 or 3, or train in float32."

@@ -106,7 +106,8 @@ class LoraSbCallback(TrainerCallback):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return
         if is_deepspeed():
-            check_master_copies(model, "LoRA-SB's initialization")
+            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            check_master_copies(trainable, "LoRA-SB's initialization")
         with random_states_kept():  # samples may be drawn at random
             initialize_lora_sb_weights(
                 model,

@@ -1,40 +1,47 @@
 """RefLoRA as a TrainerCallback: for `transformers.Trainer` and every TRL trainer."""
 
 import math
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
-from ..distributed.backend import check_backend, is_deepspeed, unwrap_optimizer
-from ..distributed.parameters import check_master_copies, gather_parameters
-from .deepspeed import GradientHooks, rescale_
-from .factors import lora_layers, require_pairs, trainable_pairs
+from ..distributed.backend import check_backend, unwrap_optimizer
+from .factors import lora_layers, require_pairs
 from .optimizer import STEP_KEY
-from .step import RefLora, check_optim, check_optimizer
+from .optimizer_support import check_optim, check_optimizer
+from .settings import RefLora, shows_settings
+from .step import choose_step
+from .step_plain import PlainStep
 
 
 class RefLoraCallback(TrainerCallback):
     """Refactors the LoRA factors at each optimizer step (RefLoRA, https://huggingface.co/papers/2505.18877).
 
-    Works with gradients that are accumulated, reduced over processes, unscaled and clipped: on one device, with DDP,
-    with FSDP2, with gradient accumulation and checkpointing, bf16, fp16 and torch.compile. The pairs are PEFT's
+    It works with gradients that are accumulated, reduced over processes, unscaled and clipped: on one device, with
+    DDP, with FSDP2, with gradient accumulation and checkpointing, bf16, fp16 and torch.compile. The pairs are PEFT's
     trainable lora_A/lora_B pairs of Linear, Embedding, Conv and `target_parameters` layers; all else is updated as
     usual. The logged `grad_norm` is the norm before preconditioning.
 
     DeepSpeed takes its step inside the backward pass. There S is computed when a step begins and multiplies each
-    micro-batch's gradient, which is the same but for rounding, and for clipping: `max_grad_norm` then bounds the
+    micro-batch's gradient. That is the same up to rounding, with one exception: `max_grad_norm` then bounds the
     preconditioned gradient, and `grad_norm` is its norm.
 
-    It has no state: warm-up and interval follow `state.global_step`, so a resumed run continues exactly.
+    The callback has no state to save: warm-up and interval follow `state.global_step`, so a resumed run continues
+    exactly.
 
-    Not for FSDP1 (flat parameters), Megatron-LM and SageMaker's model parallelism, nor for optimizers that step
-    inside the backward pass or need a closure: there it raises. Give a trainer one such callback, and not together
-    with `create_reflora_optimizer`.
+    It raises for FSDP1 (flat parameters), Megatron-LM and SageMaker's model parallelism, and for optimizers that step
+    inside the backward pass or need a closure. Give a trainer one such callback, and not together with
+    `create_reflora_optimizer`.
 
     Args:
         method: `"reflora"` (Theorem 3) or `"reflora_s"` (Theorem 5).
-        form, eps, dtype, warmup_steps, interval, smoothness: As in `hf_reflora.RefLora`.
+        settings: The other settings of `hf_reflora.RefLora` by name: `form`, `eps`, `dtype`, `warmup_steps`,
+            `interval`, `smoothness`.
+
+    Attributes:
+        settings: The `RefLora` made of them.
 
     Raises:
         ValueError: at construction for a value out of range; when training starts, if there is no trainable LoRA pair,
@@ -47,25 +54,13 @@ class RefLoraCallback(TrainerCallback):
         >>> trainer = SFTTrainer(..., peft_config=LoraConfig(), callbacks=[RefLoraCallback(warmup_steps=100)])
     """
 
-    def __init__(
-        self,
-        method: str = "reflora",
-        *,
-        form: str | None = None,
-        eps: float | None = None,
-        dtype: str = "float32",
-        warmup_steps: int = 0,
-        interval: int = 1,
-        smoothness: float | None = None,
-    ):
-        self.reflora = RefLora(method, form, eps, dtype, warmup_steps, interval, smoothness)
-        self._layers = {}
-        self._grad_norm: Tensor | None = None
-        self._hooks = GradientHooks(self.reflora)
-        self._deepspeed = False
+    @shows_settings
+    def __init__(self, method: str = "reflora", **settings: Any):
+        self.settings = RefLora(method, **settings)
+        self._step: PlainStep | None = None
 
     def check(self, args: TrainingArguments, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-        """Raises where this callback could not work: see the class."""
+        """Raises where this callback could not work, see the class."""
         check_backend("RefLoRA")
         check_optim(str(getattr(args.optim, "value", args.optim)))
         require_pairs(model)
@@ -79,50 +74,38 @@ class RefLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.check(args, model, optimizer)
-        self._layers = lora_layers(model)
-        self._deepspeed = is_deepspeed()
-        if self._deepspeed:
-            pairs = trainable_pairs(self._layers)
-            if self.reflora.rescales:
-                check_master_copies(model, "RefLoRA-S as rescaling (not form='precondition')")
-            self._hooks.attach([] if self.reflora.rescales else pairs)
+        if self._step is not None:
+            self._step.close()  # an earlier train() may have ended with an error, before on_train_end
+        self._step = choose_step(self.settings, lora_layers(model))
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if self._deepspeed and not self.reflora.rescales:
-            pairs = trainable_pairs(self._layers) if self.reflora.due(state.global_step) else []
-            self._hooks.freeze(pairs, unwrap_optimizer(optimizer))
+        self._step.begin(state.global_step, unwrap_optimizer(optimizer))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if not self._deepspeed and not self.reflora.rescales and self.reflora.due(state.global_step):
-            self._grad_norm = self.reflora.before_optimizer(trainable_pairs(self._layers), unwrap_optimizer(optimizer))
+        self._step.before_optimizer(state.global_step, unwrap_optimizer(optimizer))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self.reflora.rescales and self.reflora.due(state.global_step):
-            pairs, optimizer = trainable_pairs(self._layers), unwrap_optimizer(optimizer)
-            if self._deepspeed:
-                rescale_(self.reflora, pairs, optimizer)
-            else:
-                self.reflora.after_optimizer(pairs, optimizer)
+        self._step.after_optimizer(state.global_step, unwrap_optimizer(optimizer))
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._hooks.attach([])
+        self._step.close()
 
     def metrics(self) -> dict[str, float]:
-        """What `RefLoraTrainer` logs; for other trainers, call it where you log, on all processes.
+        """What `RefLoraTrainer` logs; with another trainer, call it where you log, on all processes.
 
-        Means over the pairs as they are now, before the next refactoring (balance_gap, balance_residual, norm_A,
-        norm_B, fallback, and medians of cond_P and cond_Q: see `hf_reflora.reflora.refactor.diagnose`), and
-        `grad_norm`, the norm of the LoRA gradients after the last preconditioning. What does not exist yet, or not
-        under DeepSpeed, is left out.
+        Returns:
+            By names that begin with "reflora/": means over the pairs as they are now, before the next refactoring
+            (balance_gap, balance_residual, norm_A, norm_B, fallback; medians of cond_P and cond_Q; see
+            `hf_reflora.reflora.diagnose.diagnose`), and grad_norm, the norm of the LoRA gradients after the last
+            preconditioning. What does not exist yet, or not under DeepSpeed, is left out.
         """
-        pairs = trainable_pairs(self._layers)
-        values = {}
-        with gather_parameters(factor for pair in pairs for factor in (pair.A, pair.B)):
-            found = self.reflora.diagnose(pairs) if pairs else {}
-        for name, value in found.items():
-            value = value[value.isfinite()]
-            if len(value):
-                values[name] = (value.median() if name.startswith("cond") else value.mean()).item()
-        if self._grad_norm is not None:
-            values["grad_norm"] = self._grad_norm.item()
-        return {f"reflora/{name}": value for name, value in values.items() if math.isfinite(value)}
+        if self._step is None:
+            return {}
+        metrics = {}
+        for name, values in self._step.diagnose().items():
+            values = values[values.isfinite()]
+            if len(values):
+                metrics[name] = (values.median() if name.startswith("cond") else values.mean()).item()
+        if self._step.grad_norm is not None:
+            metrics["grad_norm"] = self._step.grad_norm.item()
+        return {f"reflora/{name}": value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,9 +1,10 @@
-"""Finds the LoRA factors of a PEFT model: the only file that knows the insides of PEFT's layers.
+"""Finds the LoRA factors of a PEFT model. This is the only file that knows the insides of PEFT's layers.
 
-Nothing here keeps a Parameter: frameworks replace them (FSDP2 when it shards, `set_adapter` when it switches), so
-pairs are looked up from the layers anew at each step.
+Nothing here keeps a Parameter, because frameworks replace them: FSDP2 when it shards, `set_adapter` when it switches
+adapters. The pairs are therefore looked up from the layers, which stay, at each step.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,6 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 # Variants whose update is not scaling * B @ A, so that (Tᵀ A, B T⁻ᵀ) would change it.
@@ -25,10 +25,10 @@ UNSUPPORTED_VARIANTS = {
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Factors of one adapter in one layer, ΔW = scaling * B @ A, or `blocks` of them side by side.
+    """The factors of one adapter in one layer, ΔW = scaling * B @ A, or `blocks` such products side by side.
 
-    A Linear, Conv1D or Embedding layer has one block. A convolution of g groups has g, and `target_parameters` on
-    E experts has E, whose B interleaves the experts (PEFT's layout): there each block is a pair of its own.
+    A Linear, Conv1D or Embedding layer has one block. A convolution of g groups has g. `target_parameters` on E
+    experts has E, and PEFT's layout interleaves the experts in B. Each block is refactored as a pair of its own.
     """
 
     name: str
@@ -39,28 +39,42 @@ class LoraPair:
     experts: bool = False
 
     def split_A(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views (r, in) of a tensor of A's shape, one a block."""
-        if isinstance(tensor, DTensor):
-            return (tensor.detach(),)
-        return _rows(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
+        """The blocks of a tensor of A's shape (or of this process's rows of it): views (r, in)."""
+        return _as_matrix(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
 
     def split_B(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views (out, r) of a tensor of B's shape, one a block."""
-        if isinstance(tensor, DTensor):
-            return (tensor.detach(),)
+        """The blocks of a tensor of B's shape (or of this process's rows of it): views (out, r)."""
         if self.experts:
-            return _rows(tensor).unflatten(1, (-1, self.blocks)).unbind(2)
-        return _rows(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
+            return _as_matrix(tensor).unflatten(1, (-1, self.blocks)).unbind(2)
+        return _as_matrix(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """A view (rows, columns); a kernel's columns come in the order of its memory (channels_last, too)."""
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """A view (rows, columns). A kernel's columns are in the order of its memory, which channels_last permutes."""
     order = sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True)
-    return tensor.detach().permute(0, *order).view(len(tensor), -1)
+    return tensor.detach().permute(0, *order).view(len(tensor), math.prod(tensor.shape[1:]))
+
+
+def blocks_of_A(pairs: list[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The blocks of one tensor of A's shape for each pair, in one list; None for each block of a missing tensor."""
+    return [
+        block
+        for pair, tensor in zip(pairs, tensors, strict=True)
+        for block in ([None] * pair.blocks if tensor is None else pair.split_A(tensor))
+    ]
+
+
+def blocks_of_B(pairs: list[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The blocks of one tensor of B's shape for each pair, as `blocks_of_A`."""
+    return [
+        block
+        for pair, tensor in zip(pairs, tensors, strict=True)
+        for block in ([None] * pair.blocks if tensor is None else pair.split_B(tensor))
+    ]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers of `model` by name. Holds modules only, so it stays right when Parameters are replaced."""
+    """PEFT's LoRA layers of `model` by name. It holds modules only, so it stays right when Parameters are replaced."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -73,21 +87,20 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
 
     Raises:
         ValueError: A trainable pair is of a variant whose update is not B @ A, or shares one factor with another.
-        NotImplementedError: A trainable factor is sharded in another way than FSDP2 shards a matrix.
     """
-    pairs, seen, taken = [], set(), set()
+    pairs, seen, factors = [], set(), set()
     for name, layer in layers.items():
         for adapter in layer.r:
             A, B = _factors(layer, adapter)
             if not (A.requires_grad and B.requires_grad) or (id(A), id(B)) in seen:
-                continue
-            if not taken.isdisjoint((id(A), id(B))):
+                continue  # frozen, or tied to a layer that came earlier
+            if not factors.isdisjoint((id(A), id(B))):
                 raise ValueError(
                     f"RefLoRA would refactor a factor twice: {name} (adapter {adapter!r}) shares lora_A or lora_B, "
                     "but not both, with another layer. Give each layer factors of its own, or train without RefLoRA."
                 )
             seen.add((id(A), id(B)))
-            taken.update((id(A), id(B)))
+            factors.update((id(A), id(B)))
             variant = type(layer.lora_variant.get(adapter)).__name__
             if variant in UNSUPPORTED_VARIANTS:
                 raise ValueError(
@@ -96,23 +109,8 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
                 )
             experts = isinstance(layer, ParamWrapper)
             blocks = layer.num_experts if experts else getattr(layer.get_base_layer(), "groups", 1)
-            _check_shards(name, A, B, blocks)
             pairs.append(LoraPair(f"{name}[{adapter}]", A, B, float(layer.scaling[adapter]), blocks, experts))
     return pairs
-
-
-def _check_shards(name: str, A: Tensor, B: Tensor, blocks: int) -> None:
-    placements = [placement for M in (A, B) if isinstance(M, DTensor) for placement in M.placements]
-    if placements and (A.ndim > 2 or blocks > 1):
-        raise NotImplementedError(
-            f"RefLoRA found sharded factors in {name}, a convolution or expert layer: under FSDP2 it knows linear and "
-            "embedding layers. Train with DDP or DeepSpeed, or leave the layer out."
-        )
-    if any(placement not in (Shard(0), Replicate()) for placement in placements):
-        raise NotImplementedError(
-            f"RefLoRA found factors sharded as {placements} in {name}: it knows FSDP2's shards of rows, not tensor "
-            "parallelism. Train with FSDP2, DDP or DeepSpeed."
-        )
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -125,8 +123,7 @@ def require_pairs(model: nn.Module) -> list[LoraPair]:
     """`trainable_pairs` of `model`, at least one.
 
     Raises:
-        ValueError: There is none; the message says what was found instead.
-        (and what `trainable_pairs` raises)
+        ValueError: There is none, and the message says what there is instead; or as `trainable_pairs`.
     """
     layers = lora_layers(model)
     pairs = trainable_pairs(layers)

@@ -12,7 +12,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from ..lora_sb.config import LoraSbConfig
-from ..reflora.refactor import diagnose
+from ..reflora.diagnose import diagnose
 
 
 SHOWN = {
@@ -79,7 +79,7 @@ def diagnostics(config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Any
     Returns:
         layers, ranks [least, largest], trained_numbers, and as far as they are finite: for LoRA the means over the
         layers norm_A, norm_B and balance_gap and the medians cond_P and cond_Q (see
-        `hf_reflora.reflora.refactor.diagnose`); for LoRA-SB the mean norm_R and the
+        `hf_reflora.reflora.diagnose.diagnose`); for LoRA-SB the mean norm_R and the
         largest entries B_gap_I of |BᵀB − I| and A_gap_I of |AAᵀ − I|.
     """
     native = isinstance(config, LoraSbConfig)

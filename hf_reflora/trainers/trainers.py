@@ -29,7 +29,7 @@ class _RefLoraMixin(WholeCheckpointsMixin, PublishingMixin):
         self.reflora.check(self.args, self.model, self.optimizer)
 
     def _record_facts(self, callbacks: list) -> dict[str, str]:
-        return {"method": self.reflora.reflora.method, **_start(callbacks)}
+        return {"method": self.reflora.settings.method, **_start(callbacks)}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # the training log, not evaluation or the summary at the end

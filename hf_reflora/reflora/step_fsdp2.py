@@ -1,0 +1,114 @@
+"""RefLoRA's part of an optimizer step under FSDP2, which shards the rows of every factor over the processes.
+
+The rows of B and of its gradient stay where they are: Q = Bᵀ B is a sum over rows, so an all-reduce of r × r numbers
+completes it, and ∇B S multiplies each row by itself. S⁻¹ ∇A mixes the rows of ∇A, so A and its gradient are gathered.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from ..distributed.parameters import copy_full_, full_tensor, local_tensor, sum_over_shards
+from .factors import LoraPair, blocks_of_A, blocks_of_B, trainable_pairs
+from .precondition import precondition_, precondition_scalar_
+from .refactor import compute_dtype
+from .settings import RefLora
+from .step_plain import PlainStep
+
+
+class Fsdp2Step(PlainStep):
+    """See `PlainStep`. Every method is collective: all processes call it in the same order.
+
+    Raises:
+        NotImplementedError: at construction, for a factor that is sharded in another way than by rows, or one of a
+            convolution or of experts.
+    """
+
+    def __init__(self, settings: RefLora, layers: dict[str, LoraLayer]):
+        super().__init__(settings, layers)
+        for pair in trainable_pairs(layers):
+            _check_shards(pair)
+
+    def precondition(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
+        norm = super().precondition(pairs, optimizer)
+        return None if norm is None else full_tensor(norm)
+
+    def diagnose(self) -> dict[str, Tensor]:
+        pairs = trainable_pairs(self.layers)
+        As, Bs = ([full_tensor(factor) for factor in factors] for factors in _factors(pairs))
+        return self._diagnose(pairs, As, Bs) if pairs else {}
+
+    def _precondition(
+        self,
+        pairs: list[LoraPair],
+        grads_A: list[Tensor | None],
+        grads_B: list[Tensor | None],
+        inverse_steps: list[float] | None,
+    ) -> None:
+        Bs = blocks_of_B(pairs, [local_tensor(pair.B) for pair in pairs])
+        local_grads_B = blocks_of_B(pairs, [None if grad is None else local_tensor(grad) for grad in grads_B])
+        if self.settings.method == "reflora_s":  # s multiplies every row alike, so nothing is gathered but norms
+            As = blocks_of_A(pairs, [local_tensor(pair.A) for pair in pairs])
+            local_grads_A = blocks_of_A(pairs, [None if grad is None else local_tensor(grad) for grad in grads_A])
+            norms = self._norms(pairs)
+            precondition_scalar_(As, Bs, local_grads_A, local_grads_B, inverse_steps=inverse_steps, norms=norms)
+            return
+        full_grads_A = [None if grad is None else full_tensor(grad) for grad in grads_A]
+        factors_B = _by_block(pairs, [pair.B for pair in pairs])
+        precondition_(
+            blocks_of_A(pairs, [full_tensor(pair.A.detach()) for pair in pairs]),
+            Bs,
+            blocks_of_A(pairs, full_grads_A),
+            local_grads_B,
+            eps=self.settings.eps,
+            dtype=self.settings.torch_dtype,
+            inverse_steps=inverse_steps,
+            sum_over_shards=lambda values, indices: sum_over_shards(values, [factors_B[i] for i in indices]),
+        )
+        for grad, full_grad in zip(grads_A, full_grads_A, strict=True):
+            if full_grad is not grad:
+                copy_full_(grad, full_grad)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return local_tensor(tensor)
+
+    def _norms(self, pairs: list[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
+        As, Bs = _factors(pairs)
+        blocks_A = blocks_of_A(pairs, [local_tensor(A) for A in As])
+        blocks_B = blocks_of_B(pairs, [local_tensor(B) for B in Bs])
+        return _full_norms(blocks_A, _by_block(pairs, As)), _full_norms(blocks_B, _by_block(pairs, Bs))
+
+
+def _factors(pairs: Sequence[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
+    return [pair.A for pair in pairs], [pair.B for pair in pairs]
+
+
+def _by_block(pairs: Sequence[LoraPair], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factor that each block belongs to."""
+    return [factor for pair, factor in zip(pairs, factors, strict=True) for _ in range(pair.blocks)]
+
+
+def _full_norms(blocks: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """‖M‖_F of factors of which `blocks` are this process's rows."""
+    # In float64, where the square of a float32 number neither overflows nor vanishes.
+    squares = torch.stack([torch.linalg.vector_norm(block, dtype=torch.float64).square() for block in blocks])
+    norms = sum_over_shards(squares, factors).sqrt()
+    return [norm.to(compute_dtype(block)) for norm, block in zip(norms.unbind(0), blocks, strict=True)]
+
+
+def _check_shards(pair: LoraPair) -> None:
+    placements = [p for factor in (pair.A, pair.B) if isinstance(factor, DTensor) for p in factor.placements]
+    if placements and (pair.A.ndim > 2 or pair.blocks > 1):
+        raise NotImplementedError(
+            f"RefLoRA found sharded factors in {pair.name}, a convolution or expert layer: under FSDP2 it knows "
+            "linear and embedding layers. Train with DDP or DeepSpeed, or leave the layer out."
+        )
+    if any(placement not in (Shard(0), Replicate()) for placement in placements):
+        raise NotImplementedError(
+            f"RefLoRA found factors sharded as {placements} in {pair.name}: it knows FSDP2's shards of rows, not "
+            "tensor parallelism. Train with FSDP2, DDP or DeepSpeed."
+        )

@@ -1,0 +1,159 @@
+"""RefLoRA's part of an optimizer step where every process holds the full factors: one device, or DDP."""
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..distributed.parameters import is_sharded
+from .diagnose import diagnose
+from .factors import LoraPair, blocks_of_A, blocks_of_B, dense_gradient, trainable_pairs
+from .optimizer_support import moments
+from .precondition import precondition_, precondition_scalar_, rescale_
+from .settings import RefLora
+
+
+class PlainStep:
+    """What RefLoRA does at the three moments of an optimizer step; the other backends derive from it.
+
+    Args:
+        settings: RefLoRA's settings.
+        layers: The LoRA layers, by name, from `lora_layers`.
+    """
+
+    def __init__(self, settings: RefLora, layers: dict[str, LoraLayer]):
+        self.settings, self.layers = settings, layers
+        self.grad_norm: Tensor | None = None  # of the LoRA gradients after the last preconditioning, on its device
+
+    def begin(self, step: int, optimizer: Optimizer) -> None:
+        """Before the first backward pass of optimizer step number `step`, counted from 0."""
+
+    def before_optimizer(self, step: int, optimizer: Optimizer) -> None:
+        """Before the optimizer's step: preconditions the gradients, if the settings say so."""
+        if not self.settings.rescales and self.settings.due(step):
+            self.grad_norm = self.precondition(trainable_pairs(self.layers), optimizer)
+
+    def after_optimizer(self, step: int, optimizer: Optimizer) -> None:
+        """After the optimizer's step: rescales the factors, if the settings say so."""
+        if self.settings.rescales and self.settings.due(step):
+            self.rescale(trainable_pairs(self.layers), optimizer)
+
+    def close(self) -> None:
+        """When training ends."""
+
+    def diagnose(self) -> dict[str, Tensor]:
+        """`hf_reflora.reflora.diagnose.diagnose` of the trainable pairs as they are now; {} where there is none."""
+        pairs = trainable_pairs(self.layers)
+        return self._diagnose(pairs, [pair.A for pair in pairs], [pair.B for pair in pairs]) if pairs else {}
+
+    def precondition(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
+        """Preconditions the gradients of the pairs that `optimizer` updates.
+
+        Returns:
+            The norm of these gradients afterwards, a tensor on their device; None where there was no gradient.
+        """
+        pairs = [p for p in held_pairs(pairs, optimizer) if p.A.grad is not None or p.B.grad is not None]
+        if not pairs:
+            return None
+        self._precondition(
+            pairs,
+            [dense_gradient(pair.A) for pair in pairs],
+            [dense_gradient(pair.B) for pair in pairs],
+            self._inverse_steps(pairs, optimizer),
+        )
+        gradients = [p.grad for pair in pairs for p in (pair.A, pair.B) if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def rescale(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
+        """Rescales the pairs that `optimizer` updates and its moments (RefLoRA-S as a true refactoring).
+
+        Raises:
+            ValueError: Pairs share memory (PEFT's `ensure_weight_tying`), or the optimizer keeps unknown state.
+        """
+        pairs = held_pairs(pairs, optimizer)
+        if not pairs:
+            return
+        _check_no_shared_memory([self._local(factor) for pair in pairs for factor in (pair.A, pair.B)])
+        moments_A, moments_B = [], []
+        for pair in pairs:
+            moments_A += moments(optimizer, pair.A, lambda t, pair=pair: pair.split_A(self._local(t)), pair.blocks)
+            moments_B += moments(optimizer, pair.B, lambda t, pair=pair: pair.split_B(self._local(t)), pair.blocks)
+        rescale_(
+            blocks_of_A(pairs, [self._local(pair.A) for pair in pairs]),
+            blocks_of_B(pairs, [self._local(pair.B) for pair in pairs]),
+            moments_A,
+            moments_B,
+            inverse_steps=self._inverse_steps(pairs, optimizer),
+            norms=self._norms(pairs),
+        )
+
+    def _precondition(
+        self,
+        pairs: list[LoraPair],
+        grads_A: list[Tensor | None],
+        grads_B: list[Tensor | None],
+        inverse_steps: list[float] | None,
+    ) -> None:
+        As, Bs = blocks_of_A(pairs, [pair.A for pair in pairs]), blocks_of_B(pairs, [pair.B for pair in pairs])
+        gradients = blocks_of_A(pairs, grads_A), blocks_of_B(pairs, grads_B)
+        if self.settings.method == "reflora_s":
+            precondition_scalar_(As, Bs, *gradients, inverse_steps=inverse_steps)
+        else:
+            eps, dtype = self.settings.eps, self.settings.torch_dtype
+            precondition_(As, Bs, *gradients, eps=eps, dtype=dtype, inverse_steps=inverse_steps)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a factor or of a moment."""
+        return tensor
+
+    def _norms(self, pairs: list[LoraPair]) -> tuple[list[Tensor], list[Tensor]] | None:
+        """‖A‖_F and ‖B‖_F of every block, where they cannot be computed from what this process holds."""
+        return None
+
+    def _diagnose(self, pairs: list[LoraPair], As: list[Tensor], Bs: list[Tensor]) -> dict[str, Tensor]:
+        eps, dtype = self.settings.eps, self.settings.torch_dtype
+        return diagnose(blocks_of_A(pairs, As), blocks_of_B(pairs, Bs), eps=eps, dtype=dtype)
+
+    def _inverse_steps(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[float] | None:
+        """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A."""
+        smoothness = self.settings.smoothness
+        if smoothness is None:
+            return None
+        rates = self._learning_rates(pairs, optimizer)
+        return [
+            1 / (smoothness * pair.scaling**2 * max(rates[id(pair.A)], 1e-30))
+            for pair in pairs
+            for _ in range(pair.blocks)
+        ]
+
+    def _learning_rates(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> dict[int, float]:
+        """The current learning rate of every A, by its id."""
+        return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def held_pairs(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair]:
+    """The pairs that `optimizer` updates: another adapter's may be trainable, too.
+
+    Raises:
+        ValueError: The optimizer has none of them, because the model was sharded after the optimizer was made.
+    """
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = [pair for pair in pairs if id(pair.A) in parameters and id(pair.B) in parameters]
+    if not held and any(is_sharded(pair.A) for pair in pairs):
+        raise ValueError(
+            f"RefLoRA looked for the {len(pairs)} LoRA pairs of the model in the optimizer, but it holds other "
+            "parameters: it was made before the model was sharded, or DeepSpeed partitions them. Make the optimizer "
+            "after fully_shard; for DeepSpeed use RefLoraCallback in a Trainer."
+        )
+    return held
+
+
+def _check_no_shared_memory(tensors: list[Tensor]) -> None:
+    pointers = [tensor.data_ptr() for tensor in tensors if tensor.numel() > 0]
+    if len(set(pointers)) < len(pointers):
+        raise ValueError(
+            "RefLoRA-S as rescaling would scale memory twice that LoRA pairs share (ensure_weight_tying). Use "
+            "form='precondition'."
+        )
