@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_reflora import RefLora, create_reflora_optimizer
 from hf_reflora.distributed.parameters import full_tensor
 from hf_reflora.reflora.factors import LoraPair, dense_gradient, lora_layers, require_pairs, trainable_pairs
+from hf_reflora.reflora.step import choose_step
+from hf_reflora.reflora.step_plain import PlainStep
 
 
 class Experts(nn.Module):
@@ -205,7 +207,7 @@ def test_preconditioning_is_the_one_by_hand_and_touches_nothing_else(kind, metho
         total += sum(g.square().sum() for g in expected[pair.name])
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    norm = RefLora(method, form="precondition").before_optimizer(pairs, optimizer)
+    norm = PlainStep(RefLora(method, form="precondition"), {}).precondition(pairs, optimizer)
 
     for pair, layer in zip(pairs, layers.values(), strict=True):
         for parameter, side, value in zip((pair.A, pair.B), "AB", expected[pair.name], strict=True):
@@ -294,7 +296,9 @@ def test_tied_embedding_and_head(method):
     assert head_B.data_ptr() == A.data_ptr()
     S = tiny.hand_S(A, B, method)
     expected = [torch.linalg.solve(S, A.grad), B.grad @ S, S.T @ head_A.grad, torch.linalg.solve(S, head_B.grad.T).T]
-    RefLora(method, form="precondition").before_optimizer(pairs_of(model), torch.optim.SGD(model.parameters()))
+    PlainStep(RefLora(method, form="precondition"), {}).precondition(
+        pairs_of(model), torch.optim.SGD(model.parameters())
+    )
     for parameter, value in zip((A, B, head_A, head_B), expected, strict=True):
         torch.testing.assert_close(parameter.grad, value, rtol=1e-7, atol=1e-12)
 
@@ -303,7 +307,7 @@ def test_rescaling_a_tied_embedding_and_head_is_refused():
     """Each of the two pairs would be scaled by the other's s, too: norms would swap, moments go wrong."""
     model = embedding_tied_to_head()
     with pytest.raises(ValueError, match="share"):
-        RefLora("reflora_s").after_optimizer(pairs_of(model), torch.optim.SGD(model.parameters()))
+        PlainStep(RefLora("reflora_s"), {}).rescale(pairs_of(model), torch.optim.SGD(model.parameters()))
 
 
 @pytest.mark.parametrize("form", ["precondition", "rescale"])
@@ -314,9 +318,9 @@ def test_one_A_shared_by_two_B_is_refused(form):
     second.lora_A = first.lora_A
     model(tiny.batch(0)[0]).square().mean().backward()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    reflora = RefLora("reflora_s", form=form)
+    step = PlainStep(RefLora("reflora_s", form=form), {})
     with pytest.raises(ValueError, match="share"):
-        (reflora.before_optimizer if form == "precondition" else reflora.after_optimizer)(pairs_of(model), optimizer)
+        (step.precondition if form == "precondition" else step.rescale)(pairs_of(model), optimizer)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +386,7 @@ def test_sparse_gradients_are_refused():
     with pytest.raises(ValueError, match="dense gradients, found torch"):
         dense_gradient(pair.A)
     with pytest.raises(ValueError, match="sparse=False"):
-        RefLora().before_optimizer([pair], torch.optim.SGD([pair.A, pair.B]))
+        PlainStep(RefLora(), {}).precondition([pair], torch.optim.SGD([pair.A, pair.B]))
 
 
 @pytest.fixture
@@ -422,7 +426,7 @@ def test_other_sharded_layers_are_refused(mesh, kind):
     fully_shard(model, mesh=mesh)
     match = r"sharded factors in .*a convolution or expert layer.*Train with DDP or DeepSpeed, or leave the layer out"
     with pytest.raises(NotImplementedError, match=match):
-        trainable_pairs(lora_layers(model))
+        choose_step(RefLora(), lora_layers(model))
 
 
 @pytest.mark.parametrize("placement", [Shard(1), Partial()], ids=str)
@@ -432,10 +436,10 @@ def test_tensor_parallel_factors_are_refused(mesh, placement):
     A = next(iter(layers.values())).lora_A["default"]
     A.weight = nn.Parameter(DTensor.from_local(A.weight.detach(), mesh, [placement]))
     with pytest.raises(NotImplementedError, match=r"shards of rows, not tensor parallelism\. Train with FSDP2"):
-        trainable_pairs(layers)
+        choose_step(RefLora(), layers)
 
 
-def test_pairs_are_looked_up_anew_when_parameters_are_replaced():
+def test_pairs_are_looked_up_again_when_parameters_are_replaced():
     model = tiny.lora(tiny.mlp())
     layers = lora_layers(model)
     layer = next(iter(layers.values()))
@@ -449,8 +453,8 @@ def test_a_factor_without_gradient_is_left_out():
     (first, second), optimizer = pairs_of(model), torch.optim.SGD(model.parameters())
     first.A.grad = first.B.grad = second.A.grad = None
     expected = second.B.grad @ tiny.hand_S(second.A, second.B, "reflora")
-    RefLora().before_optimizer([first, second], optimizer)
+    PlainStep(RefLora(), {}).precondition([first, second], optimizer)
     assert first.A.grad is first.B.grad is second.A.grad is None
     torch.testing.assert_close(second.B.grad, expected, rtol=1e-7, atol=1e-12)
     second.B.grad = None
-    assert RefLora().before_optimizer([first, second], optimizer) is None
+    assert PlainStep(RefLora(), {}).precondition([first, second], optimizer) is None

@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_reflora.reflora.refactor import (
-    balance_scalar,
-    default_eps,
-    diagnose,
-    gram_stack,
-    polar_coefficients,
-    polar_factor,
-    precondition_,
-    precondition_scalar_,
-    refactor_pairs,
-    refactoring,
-    rescale_,
-)
+from hf_reflora.reflora.diagnose import diagnose
+from hf_reflora.reflora.polar import polar_coefficients, polar_factor
+from hf_reflora.reflora.precondition import precondition_, precondition_scalar_, rescale_
+from hf_reflora.reflora.refactor import balance_scalar, default_eps, gram_stack, refactor_pairs, refactoring
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

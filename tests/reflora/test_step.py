@@ -1,4 +1,4 @@
-"""Settings of a step and their errors, when a step is due, the moments of optimizers, and how the files import."""
+"""Settings of a step and their errors, when a step is due, and the moments of optimizers."""
 
 import pytest
 import tiny
@@ -6,7 +6,8 @@ import torch
 
 from hf_reflora import RefLora
 from hf_reflora.reflora.factors import require_pairs
-from hf_reflora.reflora.step import check_optimizer
+from hf_reflora.reflora.optimizer_support import check_optimizer
+from hf_reflora.reflora.step_plain import PlainStep
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_rescaling_moves_moments_as_the_gradient_enters_them(name):
         optimizer.step()
     pairs = require_pairs(model)
     before = [(p, p.detach().clone(), state_of(optimizer, p)) for pair in pairs for p in (pair.A, pair.B)]
-    RefLora("reflora_s").after_optimizer(pairs, optimizer)
+    PlainStep(RefLora("reflora_s"), {}).rescale(pairs, optimizer)
     for parameter, value, state in before:
         factor = parameter.norm() / value.norm()
         assert abs(factor.log2()) > 0.1
@@ -114,9 +115,9 @@ def test_unknown_moments_are_refused_by_name(optimizer_cls):
     with pytest.raises(
         ValueError, match=rf"{optimizer_cls.__name__} keeps '\w+', which .* Use AdamW or SGD, or form="
     ):
-        RefLora("reflora_s").after_optimizer(require_pairs(model), optimizer)
+        PlainStep(RefLora("reflora_s"), {}).rescale(require_pairs(model), optimizer)
     tiny.assert_same(tiny.trainable(model), before)  # refused before anything is written
-    RefLora("reflora_s", form="precondition").before_optimizer(require_pairs(model), optimizer)
+    PlainStep(RefLora("reflora_s", form="precondition"), {}).precondition(require_pairs(model), optimizer)
 
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Muon])
@@ -132,10 +133,10 @@ def test_optimizers_that_need_a_closure_are_refused():
 def test_scalar_eps_one_is_reflora_s():
     """The two methods meet at ε = 1, through the whole step."""
     grads = []
-    for reflora in (RefLora(eps=1.0), RefLora("reflora_s", form="precondition")):
+    for settings in (RefLora(eps=1.0), RefLora("reflora_s", form="precondition")):
         model = tiny.lora(tiny.mlp())
         tiny.mlp_loss(model, 0).backward()
-        reflora.before_optimizer(require_pairs(model), torch.optim.SGD(model.parameters()))
+        PlainStep(settings, {}).precondition(require_pairs(model), torch.optim.SGD(model.parameters()))
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     tiny.assert_same(*grads, rtol=1e-9, atol=1e-12)
 
@@ -148,6 +149,7 @@ def test_dtype_float64_is_used_for_float32_factors():
         tiny.mlp_loss(model, 0).backward()
         [A, B, _], *_ = tiny.linear_pairs(model)
         exact = torch.linalg.solve(tiny.hand_S(A, B, "reflora", eps=1e-5), A.grad.double())
-        RefLora(eps=1e-5, dtype=dtype).before_optimizer(require_pairs(model), torch.optim.SGD(model.parameters()))
+        step = PlainStep(RefLora(eps=1e-5, dtype=dtype), {})
+        step.precondition(require_pairs(model), torch.optim.SGD(model.parameters()))
         errors[dtype] = ((A.grad - exact).norm() / exact.norm()).item()
     assert errors["float64"] < 5e-8 < errors["float32"] < 1e-4

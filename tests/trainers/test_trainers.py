@@ -234,7 +234,7 @@ def test_arguments_from_yaml(tmp_path):
     text = "reflora_eps: 1e-4\nreflora_dtype: float64\nreflora_warmup_steps: 100\nreflora_interval: 2\n"
     _, training, model, arguments = parse(tmp_path, text + "reflora_smoothness: 3\nreflora_form: precondition\n")
     assert (training.learning_rate, get_peft_config(model).r) == (2e-4, 8)
-    settings = arguments.callback("reflora").reflora
+    settings = arguments.callback("reflora").settings
     assert dataclasses.asdict(settings) == {
         "method": "reflora",
         "form": "precondition",
@@ -246,9 +246,9 @@ def test_arguments_from_yaml(tmp_path):
     }
     *_, defaults = parse(tmp_path, "")
     for method in ("reflora", "reflora_s"):
-        assert defaults.callback(method).reflora == RefLoraCallback(method).reflora
+        assert defaults.callback(method).settings == RefLoraCallback(method).settings
     *_, rescale = parse(tmp_path, "reflora_form: rescale\n")
-    assert rescale.callback("reflora_s").reflora.rescales
+    assert rescale.callback("reflora_s").settings.rescales
     with pytest.raises(ValueError, match="needs method='reflora_s'"):
         rescale.callback("reflora")
 
@@ -293,7 +293,7 @@ def test_arguments_make_a_trainer(tmp_path):
     trainer = make_trainer(tmp_path, reflora=arguments.callback("reflora_s"))
     trainer.train()
     assert isinstance(trainer.train_dataset, Dataset)
-    assert trainer.reflora.reflora.warmup_steps == 3
+    assert trainer.reflora.settings.warmup_steps == 3
     rows = [row for row in trainer.state.log_history if "loss" in row]
     ratios = [row["reflora/norm_A"] / row["reflora/norm_B"] for row in rows]
     assert min(ratios[:3]) > 1.2  # balanced by the first step after the warm-up
