@@ -1,10 +1,10 @@
-"""What the README says is what the code does: its commands, its snippets, its numbers."""
+"""What the Markdown pages say is what the repository does: their commands, snippets, links and names of files."""
 
-import ast
+import argparse
 import json
 import re
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import classify_reflora
@@ -12,41 +12,92 @@ import dpo_reflora
 import pytest
 import sft_reflora
 import tiny
+import torch
 from accelerate.commands.launch import launch_command_parser
 from peft import get_peft_model
 
-from hf_reflora import LoraSbConfig
+from hf_reflora import LoraSbConfig, cli
 
 
 ROOT = Path(__file__).parent.parent
-RECORDS = ROOT / "benchmarks" / "records"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import compare  # noqa: E402
-import compare_cards  # noqa: E402
-import init_cost  # noqa: E402
-import side_by_side  # noqa: E402
-import step_cost  # noqa: E402
-import trajectories  # noqa: E402
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES_README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+URL = "https://github.com/hf-reflora/hf_reflora"
+RAW = "https://raw.githubusercontent.com/hf-reflora/hf_reflora/main/"
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "recipes/README.md",
+        "recipes/data/README.md",
+        "benchmarks/README.md",
+        "model_cards/README.md",
+        "spaces/README.md",
+        "spaces/before_after/README.md",
+    )
+}
+README = PAGES["README.md"]
 RECIPES = {f"recipes/{r.__name__}.py": r for r in (sft_reflora, dpo_reflora, classify_reflora)}
-LAUNCHES = [
+LINES = [
     line.strip()
-    for text in (README, RECIPES_README, *(recipe.__doc__ for recipe in RECIPES.values()))
+    for text in (*PAGES.values(), *(recipe.__doc__ for recipe in RECIPES.values()))
     for line in text.replace("\\\n", " ").splitlines()
-    if line.strip().startswith("accelerate launch")
 ]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+SNIPPETS = {name: re.findall(r"```python\n(.*?)```", PAGES[name], re.S) for name in ("README.md", "recipes/README.md")}
+# There is no Hub in the tests: a model of 2 layers and 8 short chats stand in for what the snippets take from it.
+STAND_INS = {
+    '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"tiny"',
+    'load_dataset("trl-lib/Capybara", split="train")': 'load_dataset("json", data_files="chats.jsonl", split="train")',
+}
 
 
-def demo_records():
-    return compare.load(sorted((RECORDS / "smollm2-135m").glob("*.json")))
+def with_stand_ins(snippet: str) -> str:
+    for written, used in STAND_INS.items():
+        snippet = snippet.replace(written, used)
+    return snippet
 
 
-@pytest.mark.parametrize("line", LAUNCHES)
+@pytest.fixture
+def folder_with_stand_ins(tmp_path, monkeypatch):
+    # Wide enough for the rank of 64 that the LoRA-SB snippet asks for.
+    tiny.save(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    tiny.chat_dataset().to_json(tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_is_one_screen():
+    """At most 150 lines; ten that train and four that load and generate."""
+    assert len(README.splitlines()) <= 150
+    training, generating = SNIPPETS["README.md"]
+    assert len([line for line in training.splitlines() if line]) <= 10
+    assert len([line for line in generating.splitlines() if line]) <= 4
+
+
+def test_readme_trains_and_generates(folder_with_stand_ins, capsys):
+    training, generating = map(with_stand_ins, SNIPPETS["README.md"])
+    names = {}
+    exec(training, names)
+    assert names["trainer"].state.global_step == names["trainer"].state.max_steps > 0
+    record = json.loads(Path("capybara-reflora/run_record.json").read_text(encoding="utf-8"))
+    assert record["method"] == "reflora"
+    capsys.readouterr()
+    exec(generating, names := {})
+    assert capsys.readouterr().out == names["answer"][0]["generated_text"][-1]["content"] + "\n"
+    assert any("lora_A" in name for name, _ in names["chat"].model.named_parameters())
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS["recipes/README.md"], ids=lambda s: s.split("import ")[-1].split("\n")[0])
+def test_recipes_snippets_run(snippet, folder_with_stand_ins):
+    exec(with_stand_ins(snippet), names := {})
+    if "trainer" in names:
+        assert names["trainer"].state.global_step == names["trainer"].state.max_steps > 0
+    else:
+        assert isinstance(names["optimizer"], torch.optim.AdamW)
+        assert any(B.any() for name, B in names["model"].named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("accelerate launch")])
 def test_launch_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     launch = launch_command_parser().parse_args(line.split()[2:])
@@ -70,111 +121,89 @@ def test_make_runs_what_the_readme_says(tmp_path):
     assert len(lines.splitlines()) == 3
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.split("\n")[-2][:40])
-def test_snippets_run(snippet, tmp_path):
-    """With a tiny model in place of the Hub's and of what `...` leaves out."""
-    from peft import LoraConfig
-    from torch.optim import Optimizer
-    from trl import SFTConfig, SFTTrainer
-
-    tiny.save(tmp_path)
-    model, config = repr(str(tmp_path)), "args=args, "
-    snippet = snippet.replace('"HuggingFaceTB/SmolLM2-135M-Instruct",', f"{model}, {config}")
-    snippet = snippet.replace("(..., ", f"(model={model}, {config} train_dataset=dataset, ")
-    ast.parse(snippet)
-    names = {
-        "LoraConfig": LoraConfig,
-        "SFTTrainer": SFTTrainer,
-        "args": SFTConfig(**tiny.arguments(tmp_path / "out", max_steps=2)),
-        "dataset": tiny.chat_dataset(),
-        "torch": __import__("torch"),
-        "peft_model": get_peft_model(tiny.llama(), LoraConfig(r=4, task_type="CAUSAL_LM")),
-    }
-    exec(snippet, names)
-    if "trainer" in names:
-        names["trainer"].train()
-        assert names["trainer"].state.global_step == 2
-    else:
-        assert isinstance(names["optimizer"], Optimizer)
+def test_make_has_every_target_that_is_named():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    named = {name for text in PAGES.values() for name in re.findall(r"(?:^ {4}|`)make ([a-z][a-z-]*)", text, re.M)}
+    assert {"demo", "test", "compare", "space", "cards"} <= named
+    assert named <= set(targets)
 
 
-def test_demo_table_is_the_records():
-    assert compare.table(demo_records()) in README
+@pytest.mark.parametrize("line", sorted({line for line in LINES if line.startswith("hf-reflora ")}))
+def test_commands_parse(line):
+    _, command, *arguments = line.split()
+    parser = argparse.ArgumentParser()
+    getattr(cli, f"add_{command}")(parser.add_subparsers())
+    assert parser.parse_args([command, *arguments]).run is getattr(cli, command)
 
 
-def test_demo_meets_its_promise():
-    """Exact match at least 0.60, valid JSON at least 0.95, at most 12 minutes and 4 GB, from a committed state."""
-    record = json.loads((RECORDS / "smollm2-135m" / "reflora-seed0.json").read_text(encoding="utf-8"))
-    assert record["scores"]["after"]["exact"] >= 0.60
-    assert record["scores"]["after"]["valid_json"] >= 0.95
-    assert record["scores"]["rows"] >= 200
-    assert record["seconds"]["total"] <= 12 * 60
-    assert record["peak_memory_gb"]["host"] <= 4
-    assert record["environment"]["uncommitted_changes"] is False
-    minutes = record["seconds"]["total"] / 60
-    assert f"{minutes:.0f} minutes on 2 CPU cores" in README
-
-
-def test_trajectories_are_the_record():
-    record = json.loads((RECORDS / "trajectories.json").read_text(encoding="utf-8"))
-    assert record["environment"]["uncommitted_changes"] is False
-    assert {entry["backend"] for entry in record["results"]} == set(trajectories.TWO)
-    assert all(entry["equal_on_both"] for entry in record["results"])
-    assert trajectories.table(record["results"]) in README
-
-
-def test_cost_table_is_the_record():
-    record = json.loads((RECORDS / "step_cost.json").read_text(encoding="utf-8"))
-    assert step_cost.table(record["seconds"]) in README
-
-
-def test_initialization_tables_are_the_record():
-    record = json.loads((RECORDS / "init_cost.json").read_text(encoding="utf-8"))
-    assert init_cost.memory_table(record["memory"]) in README
-    assert init_cost.svd_table(record["svd"]) in README
-    step = record["memory"]["a LoRA training step"]["gb"]
-    assert record["memory"]["LoRA-SB"]["gb"] <= step
-    assert all(ways["block Krylov"]["missed_energy"] <= 1e-4 for ways in record["svd"].values())
-
-
-def test_side_by_side_table_is_the_record():
-    record = json.loads(side_by_side.RECORD.read_text(encoding="utf-8"))
-    assert side_by_side.table(record) in README
-    assert f"where the engine chose {record['chosen']} (" in README
-    assert record["differences"]["in turn"] == {"alone": 0, "in a batch as large": 0}
-    assert record["differences"]["mixed batch"]["in a batch as large"] == 0
-    assert record["environment"]["uncommitted_changes"] is False
-
-
-def test_cards_table_is_the_record():
-    record = json.loads(compare_cards.RECORD.read_text(encoding="utf-8"))
-    assert compare_cards.table(record["answers"]) in README
-    assert record["environment"]["uncommitted_changes"] is False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("library", ["hf_reflora", "PEFT", "TRL", "transformers"])
-def test_cards_are_as_recorded(library, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [compare_cards.__file__])  # the command that the card shows
-    record = json.loads(compare_cards.RECORD.read_text(encoding="utf-8"))
-    assert compare_cards.answers(compare_cards.LIBRARIES[library]) == record["answers"][library]
-
-
-def test_export_command_runs(tmp_path):
-    """The README's `hf-reflora export …`, on a folder of the same name."""
-    [line] = re.findall(r"^ +hf-reflora (export .*)$", README, re.M)
-    command, source, target = line.split()
+def test_commands_on_files_run(tmp_path, monkeypatch, capsys):
+    """`export`, `card` and `inspect` as the pages write them, on folders of the same names."""
+    monkeypatch.chdir(tmp_path)
+    lines = {line.split()[1]: line.split()[2:] for line in LINES if line.startswith("hf-reflora ")}
+    source, target = map(tmp_path.joinpath, lines["export"])
     config = LoraSbConfig(r=4, target_modules=["q_proj"], init_weights=False)
-    get_peft_model(tiny.llama(), config).save_pretrained(tmp_path / source)
-    program = Path(sys.executable).parent / "hf-reflora"
-    done = subprocess.run([program, command, source, target], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "LoRA of rank 4 in 2 layers" in done.stdout
-    assert (tmp_path / target / "adapter_model.safetensors").exists()
+    get_peft_model(tiny.llama(), config).save_pretrained(source)
+    record = tmp_path / lines["card"][0]
+    record.parent.mkdir(parents=True)
+    shutil.copyfile(ROOT / "benchmarks" / "records" / "smollm2-135m" / "reflora-seed0.json", record)
+    tiny.lora(tiny.llama()).save_pretrained(tmp_path / lines["inspect"][0])
+
+    def run(command: str) -> str:
+        cli.main([command, *lines[command]])
+        return capsys.readouterr().out
+
+    assert "LoRA of rank 4 in 2 layers" in run("export")
+    assert (target / "adapter_model.safetensors").exists()
+    run("card")
+    assert "license: apache-2.0" in record.with_name("README.md").read_text(encoding="utf-8")
+    assert re.search(r"^rank +4$", run("inspect"), re.M)
 
 
-def test_records_of_unlike_runs_are_not_compared(tmp_path):
-    path = RECORDS / "smollm2-135m" / "reflora-seed0.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    (tmp_path / "other.json").write_text(json.dumps({**record, "train_rows": 1}), encoding="utf-8")
-    with pytest.raises(SystemExit, match="train_rows is"):
-        compare.load([path, tmp_path / "other.json"])
+def anchors(name: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(name: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", PAGES[name])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files(name):
+    for link in map("".join, links(name)):
+        path = link
+        for prefix in (f"{URL}/blob/main/", f"{URL}/tree/main/", RAW):
+            path = path.removeprefix(prefix)
+        if path == link and link.startswith("https://"):
+            assert not link.startswith((URL, RAW)) or link == URL, link  # another site
+            continue
+        path, _, anchor = path.partition("#")
+        target = ROOT / path if link.startswith("https://") else (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT)), link
+
+
+def test_links_in_the_readme_work_on_pypi():
+    """There is no repository around it, so that every link and image must be a whole URL."""
+    assert len(links("README.md")) > 10
+    assert all("".join(link).startswith("https://") for link in links("README.md"))
+    assert README.count("![") == README.count(f"]({RAW}") > 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_are_named_exist(name):
+    """Paths in backticks such as `hf_reflora/hub/` or `refactor.py`; in a table row, below its first cell's folder."""
+    for line in PAGES[name].splitlines():
+        row = re.match(r"\| \[?`(hf_reflora/[\w/]*/)`", line)
+        for path in re.findall(r"`((?:hf_reflora|recipes|benchmarks|tests|spaces)/[\w/.*-]*)`", line):
+            assert list(ROOT.glob(path.rstrip("/"))), f"{name}: {path}"
+        for file in re.findall(r"`([\w*.]+\.(?:py|jinja))`", line) if row else []:
+            assert list((ROOT / row[1]).glob(file)), f"{name}: {row[1]}{file}"
+
+
+def test_every_package_is_in_the_readme():
+    packages = {path.parent.name for path in (ROOT / "hf_reflora").glob("*/__init__.py")}
+    assert packages == set(re.findall(r"^\| `hf_reflora/(\w+)/` \|", README, re.M))

@@ -370,7 +370,7 @@ def test_command_fails_in_one_line_with_a_status(server, tmp_path, capsys):
 
 
 def test_shipped_cards_pass_the_hubs_own_check(server):
-    cards = sorted((ROOT / "model_cards").glob("*.md"))
+    cards = sorted((ROOT / "model_cards").glob("smollm2-*.md"))
     assert cards
     for path in cards:
         ModelCard.load(path).validate()
