@@ -1,4 +1,8 @@
-"""LoRA-SB, a PEFT method (https://huggingface.co/papers/2411.19557), and LoRA-XS, which shares its layer."""
+"""LoRA-SB as a PEFT method (https://huggingface.co/papers/2411.19557), and LoRA-XS, which uses the same layer.
+
+Importing this package registers the method with PEFT. hf_reflora imports it together with `peft`, whoever does that,
+so it must stay light: the initialization, the callback and the export are modules of their own.
+"""
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -9,7 +13,7 @@ from .model import LoraSbModel
 
 __all__ = ["LoraSbConfig", "LoraSbLayer", "LoraSbModel"]
 
-# What peft.register_peft_method does; that function takes only members of PEFT's own, closed PeftType.
+# peft.register_peft_method would do the same, but takes only members of PeftType, an Enum that cannot be extended.
 PEFT_TYPE_TO_CONFIG_MAPPING[LoraSbPeftType.LORASB] = LoraSbConfig
 PEFT_TYPE_TO_TUNER_MAPPING[LoraSbPeftType.LORASB] = LoraSbModel
 PEFT_TYPE_TO_PREFIX_MAPPING[LoraSbPeftType.LORASB] = LoraSbModel.prefix

@@ -1,13 +1,12 @@
-"""LoRA-SB's initialization inside a Trainer, on the batches it is going to train on."""
+"""LoRA-SB's initialization inside a Trainer, on samples of its own training data."""
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -16,41 +15,44 @@ from transformers.utils import logging
 
 from ..distributed.backend import check_backend, is_deepspeed, unwrap_optimizer
 from ..distributed.parameters import check_master_copies
-from .gradients import random_states_kept
-from .initialize import adapter_layers, initialize_lora_sb_weights, is_initialized
+from .gradients import preserve_random_states
+from .initialize import LossFunction, initialize_lora_sb_weights
 from .model import restore_float32
 from .subspace import UPDATES
+from .targets import adapter_layers, is_initialized
 
 
 logger = logging.get_logger(__name__)
 
 
 class LoraSbCallback(TrainerCallback):
-    """Initializes the adapter when training starts: LoRA-SB (https://huggingface.co/papers/2411.19557).
+    """Initializes the adapter with LoRA-SB when training starts (https://huggingface.co/papers/2411.19557).
 
-    Takes samples of the trainer's training data through its collator (packing, completion-only loss, gradient
-    checkpointing and DDP as in training) and calls `initialize_lora_sb_weights`. For `LoraSbConfig` adapters, and for
-    ordinary LoRA, which then starts full of rank and balanced, so that a `RefLoraCallback` works from the first step.
+    It draws samples from the trainer's training data, passes them through the trainer's collator (so that packing,
+    completion-only loss, gradient checkpointing and DDP are as in training) and calls `initialize_lora_sb_weights`. It
+    works for `LoraSbConfig` adapters and for ordinary LoRA ones, whose factors then have full rank and are balanced,
+    so that a `RefLoraCallback` works from the first step.
 
-    A resumed run, and an adapter that is initialized (`init_weights` other than "lora_sb"), loaded or trained already,
-    are left alone; but R is made float32 again where TRL has cast it (quantized models). Not for FSDP1, Megatron-LM
-    and SageMaker's model parallelism. Under DDP set `ddp_broadcast_buffers=False`: B and A are equal everywhere
-    anyway.
+    It leaves the adapter alone in a resumed run, and if it is initialized (`init_weights` other than "lora_sb"),
+    loaded or trained already; but it makes R float32 again where TRL has cast it (quantized models). FSDP1,
+    Megatron-LM and SageMaker's model parallelism are not supported: use FSDP2, DeepSpeed or DDP. Under DDP set
+    `ddp_broadcast_buffers=False`, which saves sending B and A at every step: they are equal on all processes.
 
     Args:
-        num_samples: Samples in all processes together. Default: 0.1 % of the training data, at least 25.
-        eta: η, the step size of the update. Default: the first learning rate above zero of the trainer's schedule
-            (with warm-up: the peak divided by the warm-up steps; without: the peak).
-        update: `"sign"` (Adam and its kin) or `"gradient"` (SGD). Default: by the trainer's optimizer.
-        forward_fn: As in `initialize_lora_sb_weights`; needed where the trainer's loss is not the model's own. The
-            `compute_loss_func` of a stock trainer cannot be seen from here.
+        num_samples: Number of samples, in all processes together. Default: 0.1 % of the training data, at least 25.
+        eta: η, the step size of the update. Default: the first learning rate above zero in the trainer's schedule
+            (with warm-up, the peak divided by the number of warm-up steps; without, the peak).
+        update: `"sign"` (for Adam and its relatives) or `"gradient"` (for SGD). Default: what suits the trainer's
+            optimizer.
+        forward_fn: As in `initialize_lora_sb_weights`; needed where the trainer's loss is not the model's own. A
+            `compute_loss_func` given to the trainer is not visible here and must be given here, too.
         start_at_base, passes, adapter_name: As in `initialize_lora_sb_weights`.
 
     Raises:
-        ValueError: at construction for a wrong value; when training starts, if the optimizer or its schedule does not
-            tell `update` or `eta`, the loss is not the model's own (label smoothing, `loss_type`; not with
-            `forward_fn`), the length of a streamed dataset is unknown and `num_samples` not given, the backend is not
-            supported, or `initialize_lora_sb_weights` raises.
+        ValueError: at construction for a wrong value. When training starts, if `update` or `eta` is not given and
+            cannot be told from the optimizer and its schedule; if the loss is not the model's own (label smoothing,
+            `loss_type`) and `forward_fn` is not given; if the data are a stream and `num_samples` is not given; if the
+            backend is not supported; or if `initialize_lora_sb_weights` raises.
 
     Example:
         >>> trainer = SFTTrainer(..., peft_config=LoraSbConfig(r=64), callbacks=[LoraSbCallback()])
@@ -64,7 +66,7 @@ class LoraSbCallback(TrainerCallback):
         update: str | None = None,
         start_at_base: bool = False,
         passes: int | None = None,
-        forward_fn: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor | int]] | None = None,
+        forward_fn: LossFunction | None = None,
         adapter_name: str = "default",
     ):
         if num_samples is not None and num_samples < 1:
@@ -80,12 +82,12 @@ class LoraSbCallback(TrainerCallback):
         self.adapter_name = adapter_name
 
     def check(self, args, model: nn.Module) -> None:
-        """Raises where this callback could not work: see the class."""
+        """Raises a ValueError where this callback could not initialize the adapter: see the class."""
         check_backend("LoRA-SB's initialization")
         if not isinstance(model, PeftModel):
             raise ValueError(f"LoraSbCallback needs a PeftModel (peft_config=...), got {type(model).__name__}.")
         adapter_layers(model, self.adapter_name)
-        loss_type = getattr(args, "loss_type", "nll")
+        loss_type = getattr(args, "loss_type", "nll")  # an argument of TRL's; nll and chunked_nll are the same loss
         if self.forward_fn is None and (args.label_smoothing_factor or loss_type not in ("nll", "chunked_nll")):
             raise ValueError(
                 f"The loss is not the model's own (loss_type={loss_type!r}, label_smoothing_factor="
@@ -93,22 +95,24 @@ class LoraSbCallback(TrainerCallback):
             )
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        # TRL casts trainable parameters of quantized models to bfloat16; no optimizer has seen them yet.
+        # TRL casts the trainable parameters of quantized models to bfloat16. Here no optimizer has been made yet.
         restore_float32(model)
 
     def on_train_begin(
         self, args, state, control, model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, **kwargs
     ):
         self.check(args, model)
+        # A callback that was added after the trainer was made missed on_init_end. With several processes it is too
+        # late by now: the backend has made buffers or copies of the parameters, in their dtype.
         if args.world_size == 1:
-            restore_float32(model)  # a callback added after the trainer was made missed on_init_end
+            restore_float32(model)
         if state.global_step > 0 or is_initialized(model, self.adapter_name):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return
         if is_deepspeed():
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             check_master_copies(trainable, "LoRA-SB's initialization")
-        with random_states_kept():  # samples may be drawn at random
+        with preserve_random_states():  # the dataset or the collator may draw numbers
             initialize_lora_sb_weights(
                 model,
                 self._batches(args, state.train_batch_size, train_dataloader),
@@ -122,7 +126,7 @@ class LoraSbCallback(TrainerCallback):
             )
 
     def _batches(self, args, batch_size: int, train_dataloader) -> DataLoader:
-        """This process's share of the samples: drawn with `args.seed`, collated as in training."""
+        """This process's share of the samples, drawn with `args.seed` and collated as in training."""
         dataset = train_dataloader.dataset
         if isinstance(dataset, IterableDataset):
             if self.num_samples is None:
@@ -132,40 +136,43 @@ class LoraSbCallback(TrainerCallback):
             dataset = list(itertools.islice(dataset, self.num_samples))
             chosen = range(len(dataset))
         else:
-            wanted = max(25, math.ceil(len(dataset) / 1000)) if self.num_samples is None else self.num_samples
-            generator = torch.Generator().manual_seed(args.seed)
-            chosen = torch.randperm(len(dataset), generator=generator)[:wanted].tolist()
+            number = max(25, math.ceil(len(dataset) / 1000)) if self.num_samples is None else self.num_samples
+            generator = torch.Generator().manual_seed(args.seed)  # the same samples in every process
+            chosen = torch.randperm(len(dataset), generator=generator)[:number].tolist()
         share = chosen[args.process_index :: args.world_size]
         return DataLoader(Subset(dataset, share), batch_size=batch_size, collate_fn=train_dataloader.collate_fn)
 
 
 def first_learning_rate(optimizer: Optimizer, lr_scheduler: Any) -> float:
-    """The learning rate of the first optimizer step that has one above zero.
+    """The first learning rate above zero that the optimizer will step with.
 
     Raises:
-        ValueError: if it is 0 and the schedule does not tell the next ones (a `LambdaLR` does).
+        ValueError: if the current one is 0 and the schedule is not a `LambdaLR`, which can be asked for later steps
+            without taking them.
     """
     rate = unwrap_optimizer(optimizer).param_groups[0]["lr"]
     if rate > 0:
         return float(rate)
-    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # out of accelerate's wrapper
+    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
     if isinstance(scheduler, LambdaLR):
         for step in range(1, 10_000):
             rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
             if rate > 0:
                 return rate
     raise ValueError(
-        f"The first learning rate is 0 and {type(scheduler).__name__} does not tell when it rises. Give "
+        f"The first learning rate is 0 and a {type(scheduler).__name__} does not tell when it rises. Give "
         "LoraSbCallback(eta=...), the first learning rate above 0."
     )
 
 
 def update_of(optimizer: Optimizer) -> str:
-    """What the optimizer's first step takes of the gradient: `"sign"` for Adam's kin and Lion, `"gradient"` for SGD.
+    """Which update the optimizer's first step is: `"sign"` for Adam, its relatives and Lion, `"gradient"` for SGD.
 
     Raises:
         ValueError: for other optimizers.
     """
+    # By the names of the class and its parents, so that the optimizers of other libraries count, such as those of
+    # bitsandbytes and DeepSpeed, which need not be installed.
     names = [cls.__name__ for cls in type(unwrap_optimizer(optimizer)).__mro__]
     if any(name.startswith(("Adam", "Lion", "PagedAdam", "PagedLion")) for name in names):
         return "sign"
@@ -173,5 +180,5 @@ def update_of(optimizer: Optimizer) -> str:
         return "gradient"
     raise ValueError(
         f'The first step of {names[0]} is not known. Give LoraSbCallback(update="sign") if it is near the sign of the '
-        'gradient (as of Adam), or update="gradient".'
+        'gradient, as that of Adam is, or update="gradient" if it is proportional to the gradient.'
     )

@@ -8,7 +8,11 @@ from peft.config import PeftConfig
 
 
 class LoraSbPeftType(str, Enum):
-    """LoRA-SB's name in `adapter_config.json`; PEFT's own `PeftType` is closed."""
+    """LoRA-SB's `peft_type` in `adapter_config.json`.
+
+    A member of PEFT's own `PeftType` cannot be added from outside. A string Enum hashes and compares like its string,
+    so that PEFT's tables find this one as well.
+    """
 
     LORASB = "LORASB"
 
@@ -18,32 +22,34 @@ INIT_WEIGHTS = ("lora_sb", "lora_xs", True, False)
 
 @dataclass
 class LoraSbConfig(PeftConfig):
-    """Configuration of a [`LoraSbModel`]: W = W0 + s B R A with B and A fixed and only R, r × r, trained.
+    """Configuration of a [`LoraSbModel`]: W = W0 + s B R A, where B and A are fixed and only R (r, r) is trained.
 
-    LoRA-SB (https://huggingface.co/papers/2411.19557) takes B and A from the first step of full fine-tuning; LoRA-XS
-    (https://huggingface.co/papers/2405.17604) from the SVD of W0. Layers: `nn.Linear`, with the 4- and 8-bit ones of
-    bitsandbytes, and transformers' `Conv1D`; others raise a TypeError.
+    LoRA-SB (https://huggingface.co/papers/2411.19557) takes B and A from the first step of full fine-tuning, LoRA-XS
+    (https://huggingface.co/papers/2405.17604) takes them from the SVD of W0. The layers may be `nn.Linear`, the 4- and
+    8-bit linear layers of bitsandbytes, and transformers' `Conv1D`; for others use a `LoraConfig`.
 
     Args:
-        r (`int`, defaults to 64): Rank. A layer smaller than that gets min(in, out). r² numbers are trained per layer.
+        r (`int`, defaults to 64): Rank; r² numbers are trained per layer. A smaller layer gets rank min(in, out).
         target_modules (`list[str]` or `str`, *optional*): Names, a regular expression, or `"all-linear"`. Default: the
-            modules PEFT's LoRA takes for the architecture.
+            modules that PEFT's LoRA adapts in this architecture.
         exclude_modules (`list[str]` or `str`, *optional*): Names or a regular expression of modules to leave out.
         scaling (`float`, defaults to 1): s. The paper shows that it does not matter (Theorem 5) and uses 1.
-        lorasb_dropout (`float`, defaults to 0): Dropout of the adapter's input.
+        lorasb_dropout (`float`, defaults to 0): Probability with which the adapter's inputs are dropped.
         init_weights (`"lora_sb"`, `"lora_xs"` or `bool`, defaults to `"lora_sb"`):
-            - `"lora_sb"`: the layer is W0 until [`initialize_lora_sb_weights`] or [`LoraSbCallback`] sets B, R and A.
-              Training before that raises.
-            - `"lora_xs"`: B = U diag(S), A = Vᵀ of W0's leading singular triplets, R = 0. Computed again whenever an
-              adapter is loaded, unless with `low_cpu_mem_usage=True`.
-            - `True`: random orthonormal B and A, R = 0, so the model starts as W0. `False`: R is random, too (tests).
-        rank_pattern (`dict[str, int]`): Ranks of layers that differ from r; keys are names or regular expressions.
-        modules_to_save (`list[str]`, *optional*): Further modules to train and save whole, such as a new classifier.
-        layers_to_transform (`int` or `list[int]`, *optional*): Only these layers.
-        layers_pattern (`list[str]` or `str`, *optional*): The `nn.ModuleList` that `layers_to_transform` counts.
+            - `"lora_sb"`: the layer computes W0 until [`initialize_lora_sb_weights`] or [`LoraSbCallback`] sets B, R
+              and A. Training before that raises a RuntimeError.
+            - `"lora_xs"`: B = U diag(S), A = Vᵀ of W0's leading singular triplets, R = 0. This SVD is computed again
+              whenever an adapter is loaded, unless with `low_cpu_mem_usage=True`.
+            - `True`: random orthonormal B and A, and R = 0, so that the model starts at W0. `False`: R is random, too
+              (for tests).
+        rank_pattern (`dict[str, int]`): Ranks of layers that differ from r, by name or regular expression.
+        modules_to_save (`list[str]`, *optional*): Further modules to train and save in full, such as a new classifier.
+        layers_to_transform (`int` or `list[int]`, *optional*): Indices of the only layers to adapt.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the `nn.ModuleList` that `layers_to_transform`
+            counts.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value out of range, or options that exclude each other.
 
     Example:
         >>> from peft import get_peft_model
@@ -70,7 +76,7 @@ class LoraSbConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Ranks that differ from r, by module name or regular expression"}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save whole"}
+        default=None, metadata={"help": "Further modules to train and save in full"}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the only layers to adapt"}
@@ -82,17 +88,20 @@ class LoraSbConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = LoraSbPeftType.LORASB
+        # PEFT compares with sets; a JSON file and a command line have lists.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         for name, r in {"r": self.r, **self.rank_pattern}.items():
+            # True is an int in Python
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"The rank must be a positive integer, got {r!r} for {name}.")
         if not (math.isfinite(self.scaling) and self.scaling > 0):
             raise ValueError(f"scaling must be a positive number, got {self.scaling}.")
         if not 0 <= self.lorasb_dropout < 1:
             raise ValueError(f"lorasb_dropout must be in [0, 1), got {self.lorasb_dropout}.")
+        # `in` would take 1 for True and 0.0 for False.
         if not any(self.init_weights is v if isinstance(v, bool) else self.init_weights == v for v in INIT_WEIGHTS):
             raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

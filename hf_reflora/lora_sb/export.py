@@ -1,4 +1,4 @@
-"""LoRA-SB adapters as ordinary LoRA adapters that stock PEFT, vLLM or llama.cpp load."""
+"""Writes LoRA-SB adapters as ordinary LoRA adapters, which stock PEFT, vLLM and llama.cpp load."""
 
 import os
 import tempfile
@@ -17,7 +17,13 @@ from .subspace import balanced_factors
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote: the ranks by layer, and what re-truncation lost, ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F (0 if exact)."""
+    """What an export wrote.
+
+    Attributes:
+        ranks: The rank of each layer.
+        relative_error: What truncation to a smaller rank lost over all layers, ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F; 0 if exact.
+        relative_error_by_layer: The same for each layer.
+    """
 
     ranks: dict[str, int]
     relative_error: float
@@ -31,24 +37,25 @@ def export_lora(
     rank: int | None = None,
     adapter_name: str = "default",
 ) -> ExportReport:
-    """Writes a LoRA-SB (or LoRA-XS) adapter as an ordinary LoRA adapter: lora_B = s B R, lora_A = A, exactly.
+    """Writes a LoRA-SB (or LoRA-XS) adapter as an ordinary LoRA adapter, exactly: lora_B = s B R and lora_A = A.
 
-    The LoRA has `lora_alpha = r` in every layer, so its scaling is 1 for every reader. Stock PEFT loads it without
-    hf_reflora, onto the same base model; it also can be trained on. `modules_to_save` go along.
+    Every layer has `lora_alpha = r`, so that the LoRA's scaling is 1 for every library that reads it. Stock PEFT loads
+    it onto the same base model without hf_reflora and can train it further. `modules_to_save` are written as well.
+    The factors (r, in) and (out, r) are computed in float64 and saved in float32.
 
     Args:
         adapter: A `PeftModel`, a folder with a saved adapter, or its id on the Hub. The base model is not needed.
-        output_dir: Folder to write; it must not exist or be empty. It appears whole or not at all.
-        rank: If given, keep only that many singular triplets of each ΔW: smaller and not exact; the report states
-            the error. A layer whose own rank is smaller keeps it.
+        output_dir: Folder to write; it must not exist or be empty. After an error it is as it was.
+        rank: If given, keep only that many singular triplets of each ΔW. The adapter is then smaller and not exact;
+            the report says by how much. A layer whose own rank is smaller keeps that rank.
         adapter_name: Which adapter of a `PeftModel`.
 
     Returns:
-        The ranks and the error of re-truncation.
+        The ranks and, with `rank`, the error of the truncation.
 
     Raises:
-        ValueError: for an adapter of another kind, one that is not initialized, lacks a tensor or is not finite; for
-            `rank` out of range.
+        ValueError: for an adapter of another method, one that is not initialized, lacks a tensor or is not finite; for
+            a `rank` out of range.
         FileExistsError: if `output_dir` has files.
     """
     config, tensors = _load(adapter, adapter_name)
@@ -59,21 +66,23 @@ def export_lora(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty. Choose another folder or remove it.")
     layers, others = _layers(tensors)
-    folded, ranks, lost, whole = dict(others), {}, {}, {}
+    folded, ranks = dict(others), {}
+    lost_energy, energy = {}, {}  # ‖ΔW − ΔW_k‖_F² and ‖ΔW‖_F² by layer
     for name, (A, B, R) in layers.items():
         lora_A, lora_B = A.double(), config.scaling * (B.double() @ R.double())  # s B R A = lora_B lora_A
-        module = _module(name)
-        lost[module], whole[module] = 0.0, (lora_B.T @ lora_B @ lora_A @ lora_A.T).trace().item()  # ‖lora_B lora_A‖_F²
+        module = _module_name(name)
+        lost_energy[module] = 0.0
+        energy[module] = (lora_B.T @ lora_B @ lora_A @ lora_A.T).trace().item()  # without the (out, in) product
         if rank is not None and rank < len(lora_A):
-            lora_A, lora_B, lost[module] = _truncate(lora_A, lora_B, rank)
+            lora_A, lora_B, lost_energy[module] = _truncate(lora_A, lora_B, rank)
         ranks[module] = len(lora_A)
         folded[f"{name}.lora_A.weight"] = lora_A.float().contiguous()
         folded[f"{name}.lora_B.weight"] = lora_B.float().contiguous()
     _write(output, _lora_config(config, ranks), folded)
     return ExportReport(
         ranks=ranks,
-        relative_error=(sum(lost.values()) / (sum(whole.values()) or 1)) ** 0.5,
-        relative_error_by_layer={module: (lost[module] / (whole[module] or 1)) ** 0.5 for module in ranks},
+        relative_error=(sum(lost_energy.values()) / (sum(energy.values()) or 1)) ** 0.5,
+        relative_error_by_layer={module: (lost_energy[module] / (energy[module] or 1)) ** 0.5 for module in ranks},
     )
 
 
@@ -87,7 +96,9 @@ def _load(adapter: PeftModel | str | os.PathLike, adapter_name: str) -> tuple[Lo
     if not isinstance(config, LoraSbConfig):
         name = getattr(config.peft_type, "value", config.peft_type)
         hint = (
-            "It is an ordinary LoRA already." if name == "LORA" else "Only LoRA-SB and LoRA-XS adapters can be folded."
+            "It is an ordinary LoRA already: load or push it as it is."
+            if name == "LORA"
+            else "Only LoRA-SB and LoRA-XS adapters can be folded."
         )
         raise ValueError(f"export_lora folds LORASB adapters; this one is {name}. {hint}")
     if isinstance(adapter, PeftModel):
@@ -96,25 +107,30 @@ def _load(adapter: PeftModel | str | os.PathLike, adapter_name: str) -> tuple[Lo
 
 
 def _layers(tensors: dict[str, Tensor]) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """(A, B, R) by layer, and the other tensors."""
+    """A (r, in), B (out, r) and R (r, r) of each layer, and the other tensors of the adapter."""
     kinds = (".lorasb_A", ".lorasb_B", ".lorasb_R")
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     names = sorted({name.removesuffix(kind) for name in tensors for kind in kinds if name.endswith(kind)})
     missing = [name + kind for name in names for kind in kinds if name + kind not in tensors]
     if missing or not names:
-        raise ValueError(f"The adapter is not whole: it lacks {', '.join(missing) or 'A, B and R of any layer'}.")
+        raise ValueError(
+            f"The adapter is incomplete: it lacks {', '.join(missing) or 'A, B and R of any layer'}. Save it again."
+        )
     layers = {name: [tensors.pop(name + kind) for kind in kinds] for name in names}
     for name, (A, B, R) in layers.items():
         if not all(torch.isfinite(tensor).all() for tensor in (A, B, R)):
-            raise ValueError(f"The adapter has values that are not finite, in {_module(name)}.")
+            raise ValueError(f"The adapter has values that are not finite, in {_module_name(name)}.")
         if not A.any():
-            raise ValueError(f"The adapter is not initialized yet: A is 0 in {_module(name)}. Train it first.")
-    # With lm_head adapted, PEFT saves its base weight, too.
+            raise ValueError(f"The adapter is not initialized yet: A is 0 in {_module_name(name)}. Train it first.")
+    # Where lm_head is adapted, PEFT saves its base weight, too, which is no part of the adapter.
     return layers, {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
 
 
 def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of a smaller rank, and the energy ‖·‖_F² they miss; through the r×r core of two QRs."""
+    """The best factors (rank, in) and (out, rank) of a smaller rank, and the energy ‖ΔW − ΔW_k‖_F² that they lack.
+
+    The SVD is that of the r × r product of the triangular factors of two QRs, not of the (out, in) product.
+    """
     Q_B, R_B = torch.linalg.qr(lora_B)
     Q_A, R_A = torch.linalg.qr(lora_A.T)
     U, S, Vt = torch.linalg.svd(R_B @ R_A.T)
@@ -122,7 +138,7 @@ def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor
     return A, B, S[rank:].square().sum().item()
 
 
-def _module(name: str) -> str:
+def _module_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
@@ -130,22 +146,22 @@ def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
     r = max(ranks.values())
 
     def key(name: str) -> str:
-        # PEFT's patterns match the ends of names, too: "lin" would be the rank of "sub.lin".
+        # PEFT matches a pattern with the ends of names, too: the rank of "lin" would be that of "sub.lin" as well.
         clash = any(other.endswith("." + name) and ranks[other] != ranks[name] for other in ranks)
         return "^" + name if clash else name
 
     pattern = {key(name): own for name, own in ranks.items() if own != r}
-    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "target_modules", "exclude_modules")
-    kept += ("layers_to_transform", "layers_pattern", "modules_to_save")
+    copied = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "target_modules", "exclude_modules")
+    copied += ("layers_to_transform", "layers_pattern", "modules_to_save")
     return LoraConfig(
         r=r,
         lora_alpha=r,
         rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
+        alpha_pattern=dict(pattern),  # alpha = r in every layer, as some libraries read one and not the other
         lora_dropout=config.lorasb_dropout,
         init_lora_weights=True,
         inference_mode=True,
-        **{name: getattr(config, name) for name in kept},
+        **{name: getattr(config, name) for name in copied},
     )
 
 
@@ -158,4 +174,4 @@ def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None
         save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if output.exists():
             output.rmdir()  # it is empty; Windows does not rename a folder onto another one
-        unfinished.rename(output)
+        unfinished.rename(output)  # in one step, so that no half-written adapter is ever there

@@ -1,4 +1,8 @@
-"""Gradients of frozen weights, also quantized ones, from activations and output gradients: G = δᵀ x."""
+"""Gradients of frozen weights, also of quantized ones, from what goes into a layer and the gradient of its output.
+
+For y = x Wᵀ and δ the gradient of the loss with respect to y, the gradient with respect to W is G = δᵀ x. Neither
+needs `requires_grad` on W, so nothing of the model has to be made trainable.
+"""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,26 +16,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class _AddGradient(torch.autograd.Function):
-    """Hands a linear layer's output through and, in the backward pass, adds δᵀ x to a sum.
+    """Passes a linear layer's output on unchanged and, in the backward pass, calls `add` with δ and x.
 
-    x is an autograd-saved tensor, so gradient checkpointing drops and recomputes it like any other.
+    x is saved by autograd and not by a closure, so that gradient checkpointing drops and recomputes it.
     """
 
     @staticmethod
     def forward(ctx, anchor: Tensor, x: Tensor, output: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.add = add
-        return output.clone()  # models may change their layers' outputs in place
+        # A copy: some models change their layers' outputs in place, which autograd forbids where the output is also
+        # the function's input.
+        return output.clone()
 
     @staticmethod
     def backward(ctx, delta: Tensor):
         (x,) = ctx.saved_tensors
         ctx.add(delta, x)
+        # The 0 is the anchor's gradient, which sets off its hook; its value does not matter.
         return delta.new_zeros((), dtype=torch.float32), None, delta, None
 
 
 class GradientSums(dict[str, Tensor]):
-    """See `weight_gradients`."""
+    """Sums of gradients (out, in) by layer name. While `counting` is False, backward passes add nothing to them."""
 
     counting = True
 
@@ -43,13 +50,14 @@ def weight_gradients(
     """Within it, backward passes sum the gradients of the modules' weights W (out, in), which need no `requires_grad`.
 
     Args:
-        modules: Linear layers by name: x of shape (..., in) to y of shape (..., out).
-        complete: If given, called with name and gradient inside the backward pass, as soon as the layer's gradient is
-            whole; it is freed then, so that one gradient is alive at a time. For a single backward pass.
+        modules: Linear layers by name, which take x (..., in) to y (..., out).
+        complete: If given, it is called with a layer's name and gradient inside the backward pass, as soon as that
+            gradient is complete, and the gradient is freed afterwards, so that one is in memory at a time. Only for a
+            single backward pass: another one would add to a gradient that has been used already.
 
     Yields:
-        The sums by name, (out, in), in float32 (float64 for float64 outputs). A layer no gradient reaches is absent.
-        While its `counting` is False, backward passes add nothing.
+        The sums by name, (out, in), in float32, or in float64 if the layer's output is. A layer that no gradient
+        reaches is absent.
     """
     sums = GradientSums()
     uses: dict[str, int] = dict.fromkeys(modules, 0)
@@ -59,6 +67,7 @@ def weight_gradients(
         uses[name] -= 1
         if not sums.counting:
             return
+        # In bfloat16 a sum over many tokens soon stops growing: the next addend is below its rounding error.
         dtype = torch.promote_types(delta.dtype, torch.float32)
         delta, x = delta.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
         if name not in sums:
@@ -67,18 +76,21 @@ def weight_gradients(
             sums[name].addmm_(delta.T, x)  # G = δᵀ x
 
     def watch(name: str, module: nn.Module) -> None:
-        # A leaf that requires gradients: the graph begins at the first layer watched, whatever is frozen.
+        # With everything frozen autograd would record nothing. This leaf requires a gradient and enters each watched
+        # layer's output, so that the graph begins at the first of these layers.
         anchor = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
 
         def hook(module, args, output):
-            if torch._C._current_graph_task_id() == -1:  # not the second time, of gradient checkpointing
+            # Gradient checkpointing runs the forward pass again inside the backward pass: that is no further use.
+            if torch._C._current_graph_task_id() == -1:
                 uses[name] += 1
             return _AddGradient.apply(anchor, args[0], output, partial(add, name))
 
         handles.append(module.register_forward_hook(hook))
         if complete is not None:
-            # Autograd accumulates into a leaf once, after all uses of it in the graph: of a shared layer, too. But
-            # with reentrant checkpointing each checkpoint is a graph.
+            # Autograd accumulates into a leaf once, after all its uses in the graph, which is right also for a layer
+            # that is used several times. But with reentrant checkpointing each checkpoint is a graph of its own, and
+            # this is called once for each: `uses` tells which call is the last.
             anchor.register_post_accumulate_grad_hook(lambda _: finish(name))
 
     def finish(name: str) -> None:
@@ -95,8 +107,8 @@ def weight_gradients(
 
 
 @contextmanager
-def random_states_kept(cuda_devices: Sequence[int] = ()) -> Iterator[None]:
-    """Restores the random states of PyTorch (on the CPU and these devices), Python and NumPy afterwards."""
+def preserve_random_states(cuda_devices: Sequence[int] = ()) -> Iterator[None]:
+    """Restores the random states of PyTorch (CPU and the given CUDA devices), Python and NumPy at the end."""
     random_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=cuda_devices):
@@ -108,9 +120,9 @@ def random_states_kept(cuda_devices: Sequence[int] = ()) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode (no dropout) and frozen; gradient checkpointing goes on.
+    """Within it the model is frozen and in evaluation mode (no dropout), but its gradient checkpointing stays on.
 
-    Random states, `requires_grad`, training modes and the cache setting are as before afterwards.
+    At the end, also after an error, random states, `requires_grad`, training modes and `use_cache` are restored.
     """
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     training = [(m, m.training) for m in model.modules()]
@@ -122,16 +134,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     use_cache = [(config, config.use_cache) for config in configs]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with random_states_kept(devices), torch.enable_grad():
+        with preserve_random_states(devices), torch.enable_grad():
             model.eval()
             for module in model.modules():
-                # In evaluation mode bitsandbytes repacks 4-bit weights on CPUs, for products without a backward pass.
+                # In evaluation mode bitsandbytes repacks 4-bit weights on some CPUs for a product that has no backward
+                # pass. By the class's name, so that bitsandbytes need not be installed.
                 if any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__):
                     module.train()
             for parameter, _ in requires_grad:
                 parameter.requires_grad_(False)
             for config in configs:
-                config.use_cache = False  # a checkpointed layer would fill the cache twice
+                config.use_cache = False  # a checkpointed layer, which runs twice, would fill the cache twice
             for layer in checkpointed:
                 layer.forward = _checkpointing(layer)
             yield
@@ -139,7 +152,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for layer, forward in forwards:
             if forward is None:
                 layer.__dict__.pop("forward", None)
-            else:  # the layer's own, such as that of accelerate's hooks
+            else:  # an attribute of the instance, as accelerate's hooks make it for a device map
                 layer.forward = forward
         for config, value in use_cache:
             config.use_cache = value
@@ -150,6 +163,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _checkpointing(layer: GradientCheckpointingLayer) -> Callable:
-    # transformers checkpoints in training mode only, which would switch dropout on.
+    """The layer's forward under checkpointing: transformers checkpoints in training mode only, thus with dropout."""
     forward = layer.forward
+    # Keyword arguments are bound first: reentrant checkpointing takes positional ones only.
     return lambda *args, **kwargs: layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)

@@ -1,4 +1,4 @@
-"""LoRA-SB's layer: a linear layer plus s B R A."""
+"""LoRA-SB's layer: a linear layer that adds s B R A to its weight."""
 
 import warnings
 from typing import Any
@@ -21,22 +21,26 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class _ParameterDict(nn.ParameterDict):
-    """Stays in float32 when the model is cast to half precision, where AdamW's updates of R would be rounded away."""
+    """Keeps R in float32 when the model is cast to 16 bits, in which AdamW's updates of R would be rounded away."""
 
     def _apply(self, fn, recurse=True):
-        def keep(tensor):
+        # Module.to(), .half() and .bfloat16() all go through _apply, with a function that moves and casts.
+        def keep_dtype(tensor):
             cast = fn(tensor)
             return tensor.to(cast.device) if cast.dtype in HALF and tensor.dtype not in HALF else cast
 
-        return super()._apply(keep, recurse)
+        return super()._apply(keep_dtype, recurse)
 
 
 class LoraSbLayer(BaseTunerLayer):
-    """W = W0 + s B R A around a layer with a weight W0. Per adapter, all float32 unless the adapter was cast:
+    """W = W0 + s B R A around a layer whose weight is W0.
 
-    - `lorasb_R`: R (r, r), the only parameter. An (r, r) matrix is square whatever the layer.
-    - `lorasb_A` (r, in), `lorasb_B` (out, r): buffers, so that nothing can make them trainable.
-    - `r`, `scaling`, `lorasb_dropout`, and `initialized`, the names of the adapters whose B and A are set.
+    For each adapter, in float32 unless it was made with `autocast_adapter_dtype=False`:
+
+    - `lorasb_R`: R (r, r), the only parameter.
+    - `lorasb_A` (r, in) and `lorasb_B` (out, r): buffers. As parameters they would be frozen only until something,
+      such as PEFT's `set_adapter`, makes every parameter of an adapter trainable.
+    - `r`, `scaling` and `lorasb_dropout`; and `initialized`, the names of the adapters whose B and A are set.
     """
 
     adapter_layer_names = ("lorasb_R",)
@@ -57,7 +61,7 @@ class LoraSbLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, r: int, config: LoraSbConfig) -> None:
-        """Adds an adapter, with `config.init_weights`; r is clamped to min(in, out)."""
+        """Adds an adapter, initialized as `config.init_weights` says; r is clamped to min(in, out)."""
         r = min(r, self.in_features, self.out_features)
         self.r[adapter_name] = r
         self.scaling[adapter_name] = config.scaling
@@ -66,9 +70,10 @@ class LoraSbLayer(BaseTunerLayer):
         self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r))
         self.lorasb_A[adapter_name] = torch.zeros(r, self.in_features)
         self.lorasb_B[adapter_name] = torch.zeros(self.out_features, r)
-        if self.lorasb_R[adapter_name].device.type != "meta":  # low_cpu_mem_usage: the checkpoint brings all three
+        # On the meta device (low_cpu_mem_usage=True) there is nothing to compute: the checkpoint brings R, A and B.
+        if self.lorasb_R[adapter_name].device.type != "meta":
             if self.merged:
-                self.unmerge()  # LoRA-XS takes W0 itself
+                self.unmerge()  # LoRA-XS decomposes W0, not W0 with another adapter
             self._initialize(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -88,19 +93,22 @@ class LoraSbLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, B: Tensor, R: Tensor, A: Tensor) -> None:
-        """Copies B (out, r), R (r, r) and A (r, in) into the adapter, in place: optimizers and backends see them."""
+        """Copies B (out, r), R (r, r) and A (r, in) into the adapter and marks it as initialized.
+
+        In place, because an optimizer or a backend may hold these tensors already. Collective where R is sharded.
+        """
         self.lorasb_B[adapter_name].copy_(B)
         write_parameter_(self.lorasb_R[adapter_name], R)
         self.lorasb_A[adapter_name].copy_(A)
         self.initialized.add(adapter_name)
 
     def dequantized_weight(self) -> Tensor:
-        """W0 as (out, in), in a floating-point dtype."""
+        """W0 as (out, in) and in a floating-point dtype, also where it is quantized or, as in Conv1D, (in, out)."""
         weight = dequantize_module_weight(self.get_base_layer()).detach()
         return weight.T if self.fan_in_fan_out else weight
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """s B R A in the orientation of the base layer's weight (Conv1D: in × out)."""
+        """s B R A in R's dtype and in the base weight's orientation: (out, in), or (in, out) in Conv1D."""
         R = self.scaling[adapter_name] * self.lorasb_R[adapter_name]
         A, B = self.lorasb_A[adapter_name].to(R.dtype), self.lorasb_B[adapter_name].to(R.dtype)
         delta = B @ (R @ A)
@@ -117,10 +125,11 @@ class LoraSbLayer(BaseTunerLayer):
         return True
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The device only: PEFT would round B and A to the base layer's dtype, and they were no longer orthonormal.
+        # To its device only. PEFT would cast to its dtype, too, and in bfloat16 B and A would not be orthonormal.
         if adapter_name not in self.lorasb_R:
             return
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        # A tensor on the meta device has no data to move.
         if device is None or device.type == "meta" or self.lorasb_R[adapter_name].device.type == "meta":
             return
         for tensors in (self.lorasb_R, self.lorasb_A, self.lorasb_B):
@@ -131,7 +140,7 @@ class Linear(nn.Module, LoraSbLayer):
     """LoRA-SB on `nn.Linear`, bitsandbytes' `Linear4bit` and `Linear8bitLt`, and transformers' `Conv1D`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: LoraSbConfig):
-        super().__init__()
+        super().__init__()  # nn.Module's, which does not call that of LoraSbLayer
         LoraSbLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
@@ -151,12 +160,13 @@ class Linear(nn.Module, LoraSbLayer):
         return result
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
-        """s x Aᵀ Rᵀ Bᵀ."""
+        """What the adapter adds to the output: s x Aᵀ Rᵀ Bᵀ, (..., out)."""
         A, R, B = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name]
         x = self.lorasb_dropout[name](self._cast_input_dtype(x, A.dtype))
         return F.linear(F.linear(F.linear(x, A), self.scaling[name] * R.to(A.dtype)), B)
 
     def _check_trainable(self, name: str) -> None:
+        """Raises a RuntimeError where training would silently change nothing."""
         R = self.lorasb_R[name]
         if not (self.training and R.requires_grad and torch.is_grad_enabled()):
             return
@@ -169,7 +179,8 @@ class Linear(nn.Module, LoraSbLayer):
         if R.dtype in HALF and not optimizer_steps_in_float32():
             raise RuntimeError(
                 f'R of the LoRA-SB adapter "{name}" is {R.dtype}, in which an optimizer\'s updates are rounded away. '
-                "Leave autocast_adapter_dtype=True; where TRL casts it (quantized models), LoraSbCallback undoes it."
+                "Leave autocast_adapter_dtype=True. Where TRL casts R (quantized models), add a LoraSbCallback, which "
+                "makes it float32 again."
             )
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -185,22 +196,22 @@ class Linear(nn.Module, LoraSbLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        result = result.clone()
-        for name in set(adapter_names) & set(self.lorasb_R):  # "__base__" is no adapter
+        result = result.clone()  # the base layer's output may be needed by autograd or a hook as it is
+        for name in set(adapter_names) & set(self.lorasb_R):  # "__base__" stands for no adapter
             rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
             result[rows] += self._delta(x[rows], name).to(result.dtype)
         return result
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds s B R A to the base weight. A quantized one is dequantized, changed and quantized again, which rounds.
+        """Adds s B R A to the base weight. A quantized weight is dequantized, changed and quantized again, with loss.
 
         Args:
             safe_merge: Check that the new weight is finite before it replaces the old one.
             adapter_names: Adapters to merge. Default: the active ones.
 
         Raises:
-            ValueError: With `safe_merge`, if the result is not finite.
+            ValueError: with `safe_merge`, if the new weight is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lorasb_R:
@@ -212,7 +223,7 @@ class Linear(nn.Module, LoraSbLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the merged adapters out of the base weight again, up to rounding."""
+        """Subtracts the merged adapters from the base weight again, which restores it up to rounding."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -227,7 +238,7 @@ class Linear(nn.Module, LoraSbLayer):
 
     def _set_base_weight(self, weight: Tensor) -> None:
         base = self.get_base_layer()
-        kind = type(base.weight).__name__
+        kind = type(base.weight).__name__  # by name, so that bitsandbytes need not be installed
         if kind not in ("Params4bit", "Int8Params"):
             base.weight.data = weight
             return
@@ -235,15 +246,17 @@ class Linear(nn.Module, LoraSbLayer):
 
         old, state = base.weight, getattr(base, "state", None)
         if kind == "Int8Params":
+            # Quantized on the way to the device, hence first to the CPU. The layer's state caches the old weight.
             new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
             state.reset_grads()
         else:
+            # The constructor takes what the instance holds, but neither the data nor its private attributes.
             settings = {k: v for k, v in vars(old).items() if k != "data" and not k.startswith("_")}
             new = bnb.nn.Params4bit(weight.to("cpu"), **settings | {"requires_grad": False, "bnb_quantized": False})
         base.weight = new.to(old.device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # An adapter that was saved before its initialization has A = 0 and is still to be initialized.
+        # `initialized` is not saved. An adapter that was saved before its initialization has A = 0.
         for name in self.lorasb_R:
             A = state_dict.get(f"{prefix}lorasb_A.{name}")
             if A is not None:

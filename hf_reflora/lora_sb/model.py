@@ -1,4 +1,4 @@
-"""LoRA-SB as a PEFT tuner."""
+"""LoRA-SB as a PEFT tuner: which modules get a layer, in which dtype, and how a mixed batch reaches the layers."""
 
 from contextlib import contextmanager
 
@@ -17,18 +17,22 @@ from .layer import Linear, LoraSbLayer
 class LoraSbModel(BaseTuner):
     """A model with LoRA-SB adapters (https://huggingface.co/papers/2411.19557), made by `peft.get_peft_model`.
 
-    The base model's weights are never modified, so `disable_adapter()` gives its outputs to the bit, except after
-    `merge_adapter`, which changes them and takes its change back up to rounding. `import hf_reflora` before
-    `PeftModel.from_pretrained`: PEFT then knows the `peft_type` "LORASB" and otherwise raises a KeyError.
+    The base model's weights are not modified, so that `disable_adapter()` gives outputs that are bit-identical to the
+    base model's. Only `merge_adapter` changes them, and `unmerge_adapter` restores them up to rounding.
+
+    PEFT knows the `peft_type` "LORASB" once hf_reflora is imported: `import hf_reflora` before
+    `PeftModel.from_pretrained`, which raises a KeyError otherwise. For users without hf_reflora, `export_lora` writes
+    an ordinary LoRA adapter.
 
     Args:
         model (`torch.nn.Module`): The model to adapt.
-        config ([`LoraSbConfig`]): Its configuration.
+        config ([`LoraSbConfig`]): The adapter's configuration.
         adapter_name (`str`): The adapter's name.
-        low_cpu_mem_usage (`bool`, defaults to `False`): Put R on the meta device, for loading a checkpoint.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Make the adapter on the meta device, without memory, for a
+            checkpoint that is loaded next.
 
     Raises:
-        TypeError: for target modules that are not linear layers.
+        TypeError: for target modules that are not linear layers; exclude them or use a `LoraConfig`.
     """
 
     prefix = "lorasb_"
@@ -50,7 +54,8 @@ class LoraSbModel(BaseTuner):
             target.update_layer(adapter_name, r, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        # nn.MultiheadAttention reads its out_proj's weight and never calls it.
+        # NonDynamicallyQuantizableLinear is the out_proj of nn.MultiheadAttention, which reads its weight and never
+        # calls it: an adapter there would have no effect.
         if not isinstance(base, nn.Linear | Conv1D) or isinstance(base, NonDynamicallyQuantizableLinear):
             raise TypeError(
                 f"LoRA-SB cannot adapt {current_key}, a {type(base).__name__}: it knows torch.nn.Linear (and "
@@ -60,7 +65,8 @@ class LoraSbModel(BaseTuner):
         self._replace_module(parent, target_name, Linear(target, adapter_name, r, peft_config), target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Layers make their adapters in float32; without autocast PEFT promises the base layer's dtype.
+        # With autocast_adapter_dtype=False PEFT promises adapters in the base layer's dtype. Its own layers make them
+        # in it, to be cast up otherwise; LoRA-SB's layers make them in float32, to be cast down here.
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -75,7 +81,11 @@ class LoraSbModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """Hands `adapter_names` of a mixed batch to the layers."""
+        """Passes `adapter_names`, the adapter of each row of a mixed batch, to the layers.
+
+        PeftModel takes the argument out of the call. A tuner without this method would drop it silently and let one
+        adapter answer all rows.
+        """
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -90,7 +100,7 @@ class LoraSbModel(BaseTuner):
 
         def add_names(module, args, kwargs):
             x = args[0] if args else next(iter(kwargs.values()))
-            # Beam search repeats each row; an encoder still sees it once.
+            # Beam search repeats each row for its beams, except in an encoder, which sees it once.
             repeats = beams if len(x) == beams * len(adapter_names) else 1
             return args, kwargs | {"adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
@@ -98,14 +108,18 @@ class LoraSbModel(BaseTuner):
         handles = [module.register_forward_pre_hook(add_names, with_kwargs=True) for module in targets]
         try:
             yield
-        finally:
+        finally:  # also after an error, or the next call would still use these names
             for handle in handles:
                 handle.remove()
 
 
 def restore_float32(model: nn.Module) -> None:
-    """Makes every R float32 again where something cast it, in place: before an optimizer has seen it."""
+    """Makes every R float32 again where something has cast it, in place. Call it before the optimizer's first step.
+
+    In 16 bits an optimizer's small updates of R would be rounded away.
+    """
     for layer in model.modules():
         if isinstance(layer, LoraSbLayer):
             for R in layer.lorasb_R.values():
+                # Through `data`, so that it stays the same Parameter: an optimizer may hold it already.
                 R.data = R.data.to(torch.promote_types(R.dtype, torch.float32))

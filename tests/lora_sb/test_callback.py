@@ -26,7 +26,8 @@ from hf_reflora import (
     initialize_lora_sb_weights,
 )
 from hf_reflora.lora_sb.callback import first_learning_rate, update_of
-from hf_reflora.lora_sb.initialize import is_initialized, mean_loss
+from hf_reflora.lora_sb.initialize import mean_loss
+from hf_reflora.lora_sb.targets import is_initialized
 
 
 CONFIGS = {"lora_sb": LoraSbConfig, "lora": LoraConfig}

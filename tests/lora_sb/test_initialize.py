@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from hf_reflora import LoraSbConfig, initialize_lora_sb_weights
-from hf_reflora.lora_sb.initialize import _split, is_initialized
+from hf_reflora.lora_sb.passes import plan_passes
+from hf_reflora.lora_sb.targets import is_initialized
 
 
 ETA = 1e-3
@@ -213,7 +214,7 @@ def groups_of(shapes, passes) -> tuple[list[int], int]:
     layers = {
         str(i): SimpleNamespace(out_features=n, in_features=m, r={"default": r}) for i, (n, m, r) in enumerate(shapes)
     }
-    groups = _split(layers, "default", passes)
+    groups = plan_passes(layers, "default", passes)
     assert [name for group in groups for name in group] == list(layers)
     assert all(groups)
     return [sum(4 * shapes[int(i)][0] * shapes[int(i)][1] for i in group) for group in groups], sum(

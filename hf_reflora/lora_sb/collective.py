@@ -1,0 +1,117 @@
+"""What the processes of one initialization do together: equal numbers of batches, shared SVDs, common errors.
+
+Every function is collective: all processes must call it, with the same layers in the same order, or those that did
+wait for ever.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+
+def pad_batches(batches: list[Any]) -> list[int]:
+    """Repeats batches in place until every process has the same number of them.
+
+    Where FSDP2 or ZeRO-3 shard the model, its forward and backward passes are themselves collective: a process with
+    fewer batches than the others would leave them waiting in theirs.
+
+    Args:
+        batches: This process's batches. Its first one is repeated; a process without any borrows another one's.
+
+    Returns:
+        A weight for each batch: 1, and 0 for the repeated ones, which must not count in the gradient.
+
+    Raises:
+        ValueError: on all processes, if none of them has a batch.
+    """
+    counts: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(batches))
+    if max(counts) == 0:
+        raise ValueError("The dataloader has no batches on any process. Give at least one sample.")
+    borrowed = [batches[0] if batches else None]
+    dist.broadcast_object_list(borrowed, src=counts.index(max(counts)))
+    missing = max(counts) - len(batches)
+    weights = [1] * len(batches) + [0] * missing
+    batches += [batches[0] if batches else borrowed[0]] * missing
+    return weights
+
+
+def share_factors(
+    layers: dict[str, BaseTunerLayer],
+    adapter_name: str,
+    sums: dict[str, Tensor],  # (out, in) each
+    label_count: Tensor,  # ()
+    compute: Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Sums the gradients over the processes, spreads the SVDs over them, and gives every process all results.
+
+    Each SVD is computed by one process and broadcast, so that the factors are bit-identical everywhere: the same SVD
+    on two kinds of hardware need not even have the same signs.
+
+    Args:
+        layers: The layers of this pass, by name.
+        adapter_name: Whose ranks they have.
+        sums: This process's sums of gradients, by layer. They are consumed, to free their memory early.
+        label_count: This process's number of labels; replaced by that of all processes.
+        compute: From a layer's name and its summed gradient to U (out, r), S (r,) and V (in, r).
+
+    Yields:
+        Name and (U, S, V) of each layer, in order.
+
+    Raises:
+        Exception: what `compute` raises; on the other processes a ValueError that says so.
+    """
+    dist.all_reduce(label_count)
+    owners = {name: i % dist.get_world_size() for i, name in enumerate(layers)}
+    gradients = _reduce_to_owners(layers, owners, sums, label_count.device)
+    results: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    error = None
+    try:
+        for name in list(gradients):
+            results[name] = compute(name, gradients.pop(name))
+    except Exception as raised:
+        error = raised
+    raise_on_every_process(error)
+    for name, owner in owners.items():
+        layer, r = layers[name], layers[name].r[adapter_name]
+        shapes = ((layer.out_features, r), (r,), (layer.in_features, r))
+        buffers = (torch.empty(shape, device=label_count.device) for shape in shapes)
+        # NCCL and gloo send contiguous memory only, and V comes out of the SVD transposed.
+        U, S, V = (tensor.contiguous() for tensor in (results.pop(name) if name in results else buffers))
+        for tensor in (U, S, V):
+            dist.broadcast(tensor, src=owner)
+        yield name, (U, S, V)
+
+
+def _reduce_to_owners(
+    layers: dict[str, BaseTunerLayer], owners: dict[str, int], sums: dict[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Sums each layer's gradient over the processes; returns those that this process owns."""
+    owned = {}
+    for name, owner in owners.items():
+        G = sums.pop(name, None)
+        if G is None:  # this process had no batch, or none whose gradient reached the layer; others may have
+            G = torch.zeros(layers[name].out_features, layers[name].in_features, device=device)
+        G = G.float()  # a float64 model's sums are float64, but the zeros of a process without batches are not
+        dist.reduce(G, dst=owner)
+        if owner == dist.get_rank():
+            owned[name] = G
+    return owned
+
+
+def raise_on_every_process(error: Exception | None) -> None:
+    """Raises what went wrong on this process, or a ValueError for what went wrong on another one.
+
+    Without it the other processes would go on to their next collective call and wait there for ever.
+    """
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"On process {rank}: {message}")
