@@ -160,7 +160,7 @@ def first_learning_rate(optimizer: Optimizer, lr_scheduler: Any) -> float:
             if rate > 0:
                 return rate
     raise ValueError(
-        f"The first learning rate is 0 and a {type(scheduler).__name__} does not tell when it rises. Give "
+        f"The first learning rate is 0 and {type(scheduler).__name__} does not tell when it rises. Give "
         "LoraSbCallback(eta=...), the first learning rate above 0."
     )
 
