@@ -1,67 +1,42 @@
 """The methods' settings as dataclasses for `TrlParser` and `HfArgumentParser`."""
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, make_dataclass
 
 from ..lora_sb.callback import LoraSbCallback
 from ..reflora.callback import RefLoraCallback
+from ..reflora.settings import optional_settings
+
+
+PREFIX = "reflora_"
+
+
+def _option(setting: Field) -> tuple[str, type, Field]:
+    return f"{PREFIX}{setting.name}", setting.type, field(default=setting.default, metadata=setting.metadata)
+
+
+# The settings are declared once, in `hf_reflora.RefLora`; this gives each its prefix, default and help text.
+_RefLoraOptions = make_dataclass("_RefLoraOptions", [_option(setting) for setting in optional_settings()])
 
 
 @dataclass
-class RefLoraArguments:
+class RefLoraArguments(_RefLoraOptions):  # type: ignore[valid-type, misc]  # a class that is made at run time
     """Settings of RefLoRA (https://huggingface.co/papers/2505.18877) on the command line and in YAML files.
 
-    Every field is `reflora_` and the name of an argument of `RefLoraCallback`.
+    Every field is `reflora_` and the name of a setting of `hf_reflora.RefLora`: `reflora_form`, `reflora_eps`,
+    `reflora_dtype`, `reflora_warmup_steps`, `reflora_interval` and `reflora_smoothness`. The recipes' `method` is
+    `RefLora.method`.
 
     Raises:
         ValueError: at construction, for a value out of range.
     """
 
-    reflora_form: str | None = field(
-        default=None,
-        metadata={
-            "help": "How S acts: 'precondition' the gradients (Theorems 3 and 5), or 'rescale' the factors and the "
-            "optimizer's moments (RefLoRA-S only, the authors' code). Default: precondition for reflora, rescale for "
-            "reflora_s."
-        },
-    )
-    reflora_eps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Shrinkage ε in (0, 1] of P = AAᵀ and Q = BᵀB towards multiples of I; 1 is RefLoRA-S. Default: "
-            "the smallest safe one, max(1e-5, 4r·2⁻²⁴) in float32, 1e-12 in float64."
-        },
-    )
-    reflora_dtype: str = field(
-        default="float32", metadata={"help": "Least dtype of P, Q and S: float32 or float64 (Theorem 6 to rounding)."}
-    )
-    reflora_warmup_steps: int = field(
-        default=0,
-        metadata={"help": "First optimizer steps without refactoring. The paper uses 100 (GLUE, LLaMA2/3) or 200."},
-    )
-    reflora_interval: int = field(
-        default=1, metadata={"help": "Refactor at every interval-th optimizer step (the paper: 1)."}
-    )
-    reflora_smoothness: float | None = field(
-        default=None,
-        metadata={
-            "help": "L, smoothness constant of the loss in W: below the learning rate η = 1/(2L‖BA‖_*) S is scaled as "
-            "Theorems 3 and 5 say. Default: not used."
-        },
-    )
-
     def __post_init__(self):
-        self.callback("reflora_s" if self.reflora_form == "rescale" else "reflora")  # raises on wrong values
+        self.callback("reflora_s" if self.reflora_form == "rescale" else "reflora")  # raises for wrong values
 
     def callback(self, method: str) -> RefLoraCallback:
         """The callback with these settings for `method`, "reflora" or "reflora_s"."""
         return RefLoraCallback(
-            method,
-            form=self.reflora_form,
-            eps=self.reflora_eps,
-            dtype=self.reflora_dtype,
-            warmup_steps=self.reflora_warmup_steps,
-            interval=self.reflora_interval,
-            smoothness=self.reflora_smoothness,
+            method, **{setting.name: getattr(self, PREFIX + setting.name) for setting in optional_settings()}
         )
 
 

@@ -1,81 +1,38 @@
-"""`refactor` against a float64 reference, the paper's theorems and the inputs that break an eigh-based S."""
+"""The refactoring S against a float64 reference, the paper's theorems and the inputs that break an eigh-based S."""
 
 import itertools
 import math
 
-import hypothesis.extra.numpy as arrays_of
 import numpy as np
 import pytest
 import reference as ref
 import torch
-from hypothesis import example, given, settings
+from factor_pairs import (
+    BF16,
+    EXTREMES,
+    F32,
+    F64,
+    SHAPES,
+    S_of,
+    any_factors,
+    extreme,
+    identical,
+    make,
+    numpy,
+    preconditioned,
+    relative,
+    sensitivity,
+    spectrum,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reflora.reflora.diagnose import diagnose
-from hf_reflora.reflora.polar import polar_coefficients, polar_factor
+from hf_reflora.reflora.polar import polar_coefficients
 from hf_reflora.reflora.precondition import precondition_, precondition_scalar_, rescale_
-from hf_reflora.reflora.refactor import balance_scalar, default_eps, gram_stack, refactor_pairs, refactoring
-
-
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SHAPES = ((4, 16, 12), (2, 7, 9), (4, 16, 20), (8, 30, 8), (1, 5, 3), (4, 9, 12), (2, 7, 9))  # (r, in, out)
-
-
-def spectrum(rng, rows, columns, cond):
-    """A rows x columns matrix whose singular values go geometrically from 1 to 1 / cond."""
-    k = min(rows, columns)
-    U, V = (np.linalg.qr(rng.normal(size=(n, k)))[0] for n in (rows, columns))
-    return torch.tensor(U * np.geomspace(1, 1 / cond, k) @ V.T)
-
-
-def make(shapes, *, cond=10.0, size_A=3.0, size_B=0.2, dtype=F64, seed=0):
-    """As, Bs, grads_A, grads_B for pairs of these (r, in, out)."""
-    rng = np.random.default_rng(seed)
-    As = [size_A * spectrum(rng, r, n_in, cond) for r, n_in, _ in shapes]
-    Bs = [size_B * spectrum(rng, n_out, r, cond) for r, _, n_out in shapes]
-    return tuple(
-        [M.to(dtype) for M in part]
-        for part in (As, Bs, *([torch.tensor(rng.normal(size=M.shape)) for M in Ms] for Ms in (As, Bs)))
-    )
-
-
-def clones(tensors):
-    return [None if t is None else t.clone() for t in tensors]
-
-
-def preconditioned(As, Bs, grads_A, grads_B, *, method=precondition_, **options):
-    """The gradients after `method`; the arguments stay as they are."""
-    grads_A, grads_B = clones(grads_A), clones(grads_B)
-    method(As, Bs, grads_A, grads_B, **options)
-    return grads_A + grads_B
-
-
-def S_of(A, B, **options):
-    """The refactoring of one pair without its batch dimension: S, S⁻¹, fallback."""
-    R = refactor_pairs([A], [B], **options)[2]
-    return R.S[0], R.S_inv[0], R.fallback[0].item()
-
-
-def numpy(tensor):
-    """A float64 copy."""
-    return tensor.detach().double().numpy().copy()
-
-
-def relative(actual, expected):
-    """Relative error in the spectral norm."""
-    actual, expected = (numpy(M) if isinstance(M, torch.Tensor) else M for M in (actual, expected))
-    return np.linalg.norm(actual - expected, 2) / np.linalg.norm(expected, 2)
-
-
-def sensitivity(A, B, eps):
-    """κ = 1/λ_min(P̂) + 1/λ_min(Q̂). S moves by κ/2 times a relative change of the Gram matrices (Thompson metric)."""
-    return sum(1 / np.linalg.eigvalsh(ref.shrunk(G, eps))[0] for G in ref.grams(numpy(A), numpy(B)))
-
-
-def identical(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+from hf_reflora.reflora.refactor import balance_scalar, default_eps, gram_stack, refactoring
 
 
 # The reference itself
@@ -101,29 +58,6 @@ def test_reference_solves_the_papers_problem(r):
         assert bound(root @ ref.power(np.eye(r) + change @ change.T, rng.choice([-1.0, 1.0])) @ root) > bound(S)
 
 
-# Against the reference
-
-
-@pytest.mark.parametrize("eps", [None, 1e-6, 1e-2, 0.5, 1.0])
-@pytest.mark.parametrize("without", [(), (0, 2, 3)], ids=["all", "some_None"])
-def test_precondition_matches_reference_in_float64(eps, without):
-    """Mixed shapes and ranks in one call; gradients that are None on either side, or on both, are left out."""
-    As, Bs, grads_A, grads_B = make(SHAPES)
-    for i in without:
-        grads_A[i] = None
-        grads_B[-1 - i] = None  # pair 3 loses both
-    results = preconditioned(As, Bs, grads_A, grads_B, eps=eps)
-    for i, (A, B, grad_A, grad_B) in enumerate(zip(As, Bs, grads_A, grads_B, strict=True)):
-        S = ref.refactoring(numpy(A), numpy(B), default_eps(len(A), F64) if eps is None else eps)
-        pair = (torch.zeros(A.shape) if grad_A is None else grad_A, torch.zeros(B.shape) if grad_B is None else grad_B)
-        expected = ref.preconditioned(S, *map(numpy, pair))
-        for grad, result, value in zip((grad_A, grad_B), (results[i], results[len(As) + i]), expected, strict=True):
-            if grad is None:
-                assert result is None
-            else:
-                np.testing.assert_allclose(numpy(result), value, rtol=1e-9, atol=1e-10 * np.abs(value).max())
-
-
 @pytest.mark.parametrize("cond", [1.0, 30.0, 1e3, 1e6])
 @pytest.mark.parametrize("r", [1, 2, 4, 8, 32])
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -143,18 +77,6 @@ def test_S_is_as_accurate_as_its_condition_allows(dtype, r, cond):
             assert relative(S_inv, np.linalg.inv(expected)) < bound
 
 
-def test_precondition_scalar_matches_reference():
-    As, Bs, grads_A, grads_B = make(SHAPES)
-    grads_A[1] = grads_B[2] = None
-    results = preconditioned(As, Bs, grads_A, grads_B, method=precondition_scalar_)
-    assert results[1] is results[len(As) + 2] is None
-    scalars = [ref.scalar(numpy(A), numpy(B)) for A, B in zip(As, Bs, strict=True)]
-    factors = [1 / s for s in scalars] + scalars
-    for grad, result, factor in zip(grads_A + grads_B, results, factors, strict=True):
-        if grad is not None:
-            torch.testing.assert_close(result, grad * factor, rtol=1e-13, atol=0)
-
-
 def test_gram_stack_keeps_the_order_of_mixed_shapes():
     factors = [A.to(d) for A, d in zip(make([(3, k, 3) for k in (5, 8, 5, 1, 8)])[0], (F64, F32) * 3, strict=False)]
     grams = gram_stack(factors, F64)
@@ -162,95 +84,6 @@ def test_gram_stack_keeps_the_order_of_mixed_shapes():
     assert grams.dtype == F64
     for gram, A in zip(grams, factors, strict=True):
         torch.testing.assert_close(gram, A.double() @ A.double().mT, rtol=1e-12, atol=1e-12)
-
-
-# Dtypes and in-place writing
-
-
-@pytest.mark.parametrize("grad_dtype", [BF16, F16, F32, F64])
-@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
-@pytest.mark.parametrize("method", [precondition_, precondition_scalar_])
-def test_gradients_are_written_in_place_and_cast_once(method, dtype, grad_dtype):
-    """Same storage, same dtype, and the bits of the float32 (float64) result cast once."""
-    As, Bs, _, _ = make(SHAPES, dtype=dtype)
-    _, _, grads_A, grads_B = make(SHAPES, dtype=grad_dtype)
-    wide = torch.promote_types(dtype, F32)
-    exact = preconditioned(*([t.to(wide) for t in ts] for ts in (As, Bs, grads_A, grads_B)), method=method)
-    before = [(g.data_ptr(), g.dtype, g._version) for g in grads_A + grads_B]
-    method(As, Bs, grads_A, grads_B)
-    assert [(g.data_ptr(), g.dtype) for g in grads_A + grads_B] == [b[:2] for b in before]
-    assert all(g._version > b[2] for g, b in zip(grads_A + grads_B, before, strict=True))
-    assert identical(grads_A + grads_B, [t.to(grad_dtype) for t in exact])
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
-def test_rescale_is_written_in_place_and_cast_once(dtype):
-    As, Bs, moments_A, moments_B = make(SHAPES, dtype=dtype)
-    wide = torch.promote_types(dtype, F32)
-    exact = [[t.to(wide) for t in ts] for ts in (As, Bs, moments_A, moments_B)]
-    rescale_(*exact[:2], *([[(m, 1)] for m in ms] for ms in exact[2:]))
-    before = [(t.data_ptr(), t.dtype) for ts in (As, Bs, moments_A, moments_B) for t in ts]
-    rescale_(As, Bs, *([[(m, 1)] for m in ms] for ms in (moments_A, moments_B)))
-    after = [t for ts in (As, Bs, moments_A, moments_B) for t in ts]
-    assert [(t.data_ptr(), t.dtype) for t in after] == before
-    assert identical(after, [t.to(dtype) for ts in exact for t in ts])
-
-
-@pytest.mark.parametrize("method", [precondition_, precondition_scalar_])
-def test_strided_gradients_touch_nothing_around_them(method):
-    As, Bs, grads_A, grads_B = make([(4, 10, 6)] * 2, dtype=F32)
-    expected = preconditioned(As, Bs, grads_A, grads_B, method=method)
-    frames = [torch.full((g.shape[1] + 2, 2 * g.shape[0]), 7.0) for g in grads_A + grads_B]
-    views = [frame[1:-1, ::2].mT for frame in frames]
-    for view, grad in zip(views, grads_A + grads_B, strict=True):
-        view.copy_(grad)
-    method(As, Bs, views[:2], views[2:])
-    for frame, view, value in zip(frames, views, expected, strict=True):
-        torch.testing.assert_close(view, value, rtol=1e-5, atol=1e-6)
-        view.fill_(7.0)
-        assert (frame == 7).all()
-
-
-@pytest.mark.parametrize("wide", ["option", "A", "B"])
-def test_float64_by_option_or_by_one_factor_is_float64_to_the_end(wide):
-    """float32 gradients and condition 100: exact to the final cast, where float32 Gram matrices are not."""
-    As, Bs, grads_A, grads_B = make([(4, 20, 15)], cond=100.0, dtype=F32)
-    S = ref.refactoring(numpy(As[0]), numpy(Bs[0]), 1e-12)
-    expected = ref.preconditioned(S, numpy(grads_A[0]), numpy(grads_B[0]))
-    plain = preconditioned(As, Bs, grads_A, grads_B)
-    if wide != "option":
-        (As if wide == "A" else Bs)[0] = (As if wide == "A" else Bs)[0].double()
-    results = preconditioned(As, Bs, grads_A, grads_B, dtype=F64 if wide == "option" else F32)
-    for result, coarse, value in zip(results, plain, expected, strict=True):
-        assert result.dtype == F32
-        assert relative(result, value) < 1e-7 < relative(coarse, value)
-
-
-# Reductions to what is known
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 3e-5), (F64, 1e-9)])
-def test_balanced_factors_keep_their_gradients_and_adamw_its_step(dtype, tolerance):
-    """A Aᵀ = Bᵀ B: S = I."""
-    (A,), _, (grad_A,), (grad_B,) = make([(6, 20, 14)], dtype=F64)
-    _, values, V = torch.linalg.svd(A, full_matrices=False)
-    A = (values[:, None] * V).to(dtype)
-    left = torch.linalg.qr(torch.tensor(np.random.default_rng(1).normal(size=(14, 6))))[0]
-    B = (left * values).to(dtype)
-    grads = [grad_A.to(dtype), grad_B.to(dtype)]
-    results = preconditioned([A], [B], grads[:1], grads[1:])
-    for result, grad in zip(results, grads, strict=True):
-        assert relative(result, grad) < tolerance
-
-    def adamw(grads):
-        params = [torch.nn.Parameter(M.clone()) for M in (A, B)]
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        torch.optim.AdamW(params, lr=0.1, eps=1e-2).step()
-        return params
-
-    for stepped, plain, start in zip(adamw(results), adamw(grads), (A, B), strict=True):
-        assert (stepped - plain).norm() < tolerance * (plain - start).norm()
 
 
 @pytest.mark.parametrize("inverse_step", [None, 30.0, 1e-3])
@@ -296,41 +129,6 @@ def test_S_follows_scale_and_rotation(r, dtype):
             torch.testing.assert_close(S_inv_scaled, alpha / beta * S_inv, rtol=1e-6, atol=0)
         tolerance = 1e3 * torch.finfo(dtype).eps
         assert relative(S_of(U @ A, B @ U.mT, eps=eps)[0], U @ S @ U.mT) < tolerance
-
-
-# Theorem 6
-
-
-def theorem_6_error(cond, method, seed):
-    """Relative difference of the SGD steps of B A from (A, B) and from (T A, B T⁻¹), and κ of the second pair."""
-    (A,), (B,), _, _ = make([(4, 12, 10)], cond=3.0, seed=seed)
-    rng = np.random.default_rng(seed + 100)
-    G, T = torch.tensor(rng.normal(size=(10, 12))), spectrum(rng, 4, 4, cond)
-    steps = []
-    for left, right in ((A, B), (T @ A, torch.linalg.solve(T, B, left=False))):
-        grad_A, grad_B = right.mT @ G, G @ left.mT
-        if method is not None:
-            method([left], [right], [grad_A], [grad_B])
-        steps.append((right - 0.03 * grad_B) @ (left - 0.03 * grad_A) - right @ left)
-    return relative(steps[1], steps[0]), sensitivity(left, right, 1e-12)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("cond", [1.0, 10.0, 100.0, 1e3, 1e4])
-def test_theorem_6_the_sgd_step_is_the_same_for_all_equivalent_factors(cond, seed):
-    """To what shrinkage ε = 1e-12 moves: ε κ, about 1e-13 cond(T)², and below 1e-3 at 1e4."""
-
-    def method(*parts):
-        precondition_(*parts, dtype=F64, eps=1e-12)
-
-    error, kappa = theorem_6_error(cond, method, seed)
-    assert error < min(1e-12 * kappa + 1e-12, 1e-3)
-
-
-@pytest.mark.parametrize("method", [None, precondition_scalar_], ids=["SGD", "RefLoRA-S"])
-@pytest.mark.parametrize("cond", [10.0, 1e4])
-def test_theorem_6_does_not_hold_without_S(cond, method):
-    assert theorem_6_error(cond, method, seed=0)[0] > 0.5
 
 
 # The small-step branch of Theorems 3 and 5
@@ -397,63 +195,9 @@ def test_small_step_branch_at_B_0_meets_its_equation(dtype):
         assert identical(results[1::2], [parts[2][1], parts[3][1]])
 
 
-def test_each_pair_has_its_own_step():
-    """inverse_steps follow their pairs through the grouping by rank."""
-    parts, steps = make(SHAPES), [10.0 * (i + 1) for i in range(len(SHAPES))]
-    together = preconditioned(*parts, inverse_steps=steps)
-    for i, step in enumerate(steps):
-        alone = preconditioned(*([p[i]] for p in parts), inverse_steps=[step])
-        for result, value in zip(together[i :: len(SHAPES)], alone, strict=True):
-            torch.testing.assert_close(result, value, rtol=1e-9, atol=1e-9)
-
-
 # Extreme factors
 
-EXTREMES = {  # (what to do to A, what to do to B): number = scale, or a word
-    "A_0": ("zero", 1.0),
-    "B_0": (1.0, "zero"),
-    "both_0": ("zero", "zero"),
-    "A_rank_1": ("rank_1", 1.0),
-    "B_rank_1": (1.0, "rank_1"),
-    "both_rank_1": ("rank_1", "rank_1"),
-    "A_cond_1e8": ("cond_1e8", 1.0),
-    "B_cond_1e8": (1.0, "cond_1e8"),
-    "both_cond_1e8": ("cond_1e8", "cond_1e8"),
-    "A_big": (1e15, 1.0),
-    "B_big": (1.0, 1e15),
-    "both_big": (1e15, 1e15),
-    "A_small": (1e-15, 1.0),
-    "B_small": (1.0, 1e-15),
-    "both_small": (1e-15, 1e-15),
-    "A_big_B_small": (1e15, 1e-15),
-    "A_small_B_big": (1e-15, 1e15),
-    "bf16": (BF16, BF16),
-    "fp16": (F16, F16),
-    "bf16_and_fp32": (BF16, 1.0),
-    "bf16_big": (BF16, 1e15),
-    "A_nan": (math.nan, 1.0),
-    "B_nan": (1.0, math.nan),
-    "A_inf": (math.inf, 1.0),
-    "B_inf": (1.0, -math.inf),
-    "both_inf": (math.inf, math.inf),
-}
 EXTREME_SHAPES = ((1, 5, 7), (4, 20, 30), (16, 8, 12), (256, 40, 64))  # the last two: r > in
-
-
-def extreme(rng, rows, columns, how):
-    M = torch.tensor(rng.normal(size=(rows, columns)), dtype=F32)
-    if how == "zero":
-        return torch.zeros_like(M)
-    if how == "rank_1":
-        return M[:, :1] @ M[:1]
-    if how == "cond_1e8":
-        return rows * spectrum(rng, rows, columns, 1e8).float()
-    if isinstance(how, torch.dtype):
-        return M.to(how)
-    if not math.isfinite(how):
-        M[rows // 2, columns // 2] = how
-        return M
-    return M * how
 
 
 @pytest.mark.parametrize("shape", EXTREME_SHAPES, ids=str)
@@ -523,117 +267,6 @@ def test_balance_scalar_is_1_where_it_or_its_inverse_overflows(norm_A, norm_B, s
     assert balance_scalar(torch.tensor([norm_A]), torch.tensor([norm_B])).item() == pytest.approx(s)
 
 
-@pytest.mark.parametrize("kind", ["A_0", "B_0", "both_0", "A_nan", "B_inf"])
-def test_rescale_leaves_factors_without_a_scale_alone(kind):
-    rng = np.random.default_rng(0)
-    A, B = extreme(rng, 4, 9, EXTREMES[kind][0]), extreme(rng, 7, 4, EXTREMES[kind][1])
-    before = A.clone(), B.clone()
-    rescale_([A], [B])
-    torch.testing.assert_close((A, B), before, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("how", ["zero", "rank_1", 1e15, 1e-15, math.nan, math.inf])
-def test_a_bad_pair_does_not_change_its_neighbours(how, dtype):
-    parts = make([(4, 9, 7)] * 3, dtype=dtype)
-    expected = preconditioned(*parts)
-    bad = extreme(np.random.default_rng(5), 4, 9, how).to(dtype)
-    results = preconditioned([parts[0][0], bad, parts[0][2]], *parts[1:])
-    own = (1, 4)
-    assert identical(*([ts[i] for i in range(6) if i not in own] for ts in (results, expected)))
-    assert not any(torch.equal(results[i], expected[i]) for i in own)
-    for i in (0, 2):
-        alone = preconditioned(*([p[i]] for p in parts))
-        for result, value in zip(results[i::3], alone, strict=True):
-            torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_gradients_stay_non_finite(value):
-    """A GradScaler must still see them, also where S is a multiple of the identity."""
-    As, Bs, grads_A, grads_B = make([(4, 9, 7)] * 2, dtype=F16)
-    Bs[1].zero_()
-    for grad in grads_A + grads_B:
-        grad[2, 3] = value
-    for method in (precondition_, precondition_scalar_):
-        assert not any(g.isfinite().all() for g in preconditioned(As, Bs, grads_A, grads_B, method=method))
-
-
-# The polar factor
-
-
-def composed_error(lower):
-    """Largest |p(x) - 1| of the composed quintics on a grid of [lower, 1]."""
-    x = torch.tensor(np.geomspace(lower, 1, 2001))
-    for a, b, c in polar_coefficients.__wrapped__(lower):
-        x = a * x + b * x**3 + c * x**5
-    return (x - 1).abs().max().item()
-
-
-@pytest.mark.parametrize("exponent", range(-13, 1))
-def test_composed_quintics_map_the_interval_to_1(exponent):
-    assert composed_error(10.0**exponent) < 1e-12
-    assert (
-        len(polar_coefficients(10.0**exponent)) <= 4 - 1.6 * exponent
-    )  # each step lifts the smallest by 4.25 at most
-
-
-@given(st.floats(-13, 0).map(lambda exponent: 10**exponent) | st.floats(0.9, 1))
-@example(0.98)
-@settings(max_examples=60, deadline=None)
-def test_composed_quintics_map_any_interval_to_1(lower):
-    assert composed_error(lower) < 1e-12
-
-
-@pytest.mark.parametrize("lower", [0.0, -1e-3, 1.0 + 1e-9, math.nan, math.inf])
-def test_polar_coefficients_reject_an_impossible_bound(lower):
-    with pytest.raises(ValueError, match="0 < lower <= 1"):
-        polar_coefficients(lower)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "lower", "tolerance"), [(F64, 1e-8, 1e-7), (F64, 1e-3, 1e-11), (F32, 1e-4, 2e-2), (F32, 0.5, 1e-5)]
-)
-@pytest.mark.parametrize("r", [1, 2, 16, 64])
-def test_polar_factor_is_orthogonal_and_that_of_the_svd(r, dtype, lower, tolerance):
-    rng = np.random.default_rng(r)
-    X = torch.stack([spectrum(rng, r, r, 1 / lower) for _ in range(3)]).to(dtype)
-    W = polar_factor(X, polar_coefficients(lower)).double()
-    U, _, V = torch.linalg.svd(X.double())
-    assert (W.mT @ W - torch.eye(r)).abs().max() < 100 * torch.finfo(dtype).eps
-    assert torch.linalg.matrix_norm(W - U @ V, 2).max() < tolerance
-
-
-@pytest.mark.parametrize(("dtype", "lower"), [(F32, 1.25e-6), (F32, 2.3e-7), (F64, 1.25e-13)])
-def test_polar_factor_is_as_accurate_as_X_allows(dtype, lower):
-    """However small `lower`: a quintic that presses large singular values down towards it loses their digits."""
-    rng, r, n = np.random.default_rng(0), 8, 200
-    U, V = (torch.linalg.qr(torch.tensor(rng.normal(size=(n, r, r))))[0] for _ in range(2))
-    X = (U * torch.tensor(rng.uniform(0.1, 1, size=(n, 1, r))) @ V.mT).to(dtype)
-    U, _, Vh = torch.linalg.svd(X.double())
-    error = torch.linalg.matrix_norm(polar_factor(X, polar_coefficients(lower)) - U @ Vh, 2).max()
-    assert error < 500 * torch.finfo(dtype).eps  # X's condition is 10 at most
-
-
-# Any finite factors within 1e±15
-
-ENTRIES = st.just(0.0) | st.builds(
-    lambda sign, mantissa, exponent: float(np.float32(sign * mantissa * 10.0**exponent)),
-    st.sampled_from([-1, 1]),
-    st.floats(1, 9.5),
-    st.integers(-15, 14),
-)
-
-
-@st.composite
-def any_factors(draw):
-    r, n_in, n_out = (draw(st.integers(1, n)) for n in (4, 5, 5))
-    return tuple(
-        torch.from_numpy(draw(arrays_of.arrays(np.float32, shape, elements=ENTRIES)))
-        for shape in ((r, n_in), (n_out, r))
-    )
-
-
 @given(any_factors(), st.sampled_from([None, 1e-3, 0.1, 1.0]))
 @settings(max_examples=150, deadline=None)
 def test_any_factors_are_balanced_up_to_rounding(factors, eps):
@@ -657,19 +290,6 @@ def test_any_factors_are_balanced_up_to_rounding(factors, eps):
         if bound < 0.5:
             assert relative((S / s) @ P @ (S / s), Q) < bound
             assert relative(S @ S_inv, np.eye(r)) < bound
-
-
-@given(any_factors())
-@settings(max_examples=50, deadline=None)
-def test_any_factors_are_rescaled_to_equal_norms(factors):
-    A, B = (M.clone() for M in factors)
-    product = B.double() @ A.double()
-    rescale_([A], [B])
-    assert A.isfinite().all()
-    assert B.isfinite().all()
-    if A.any() and B.any():
-        assert torch.linalg.norm(A.double()) == pytest.approx(torch.linalg.norm(B.double()).item(), rel=1e-5)
-    torch.testing.assert_close(B.double() @ A.double(), product, rtol=1e-4, atol=1e-6 * product.abs().max().item())
 
 
 # No data dependence: nothing waits for a device
@@ -802,190 +422,3 @@ def test_the_settings_come_back_after_an_exception(precision):
         with pytest.raises(RuntimeError):
             precondition_(As, Bs, grads_A, [torch.ones(7, 5)])  # not of B's shape
         assert settings_now() == before
-
-
-# RefLoRA-S as a true refactoring
-
-
-def test_rescale_balances_keeps_the_product_and_is_idempotent():
-    As, Bs, _, _ = make(SHAPES)
-    products = [B @ A for A, B in zip(As, Bs, strict=True)]
-    rescale_(As, Bs)
-    for A, B, product in zip(As, Bs, products, strict=True):
-        torch.testing.assert_close(B @ A, product, rtol=1e-12, atol=1e-13)
-        assert A.norm().item() == pytest.approx(B.norm().item(), rel=1e-13)
-    once = clones(As + Bs)
-    rescale_(As, Bs)
-    torch.testing.assert_close(As + Bs, once, rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("tau", [1.0, 50.0])
-def test_rescale_is_idempotent_in_the_small_step_branch(tau):
-    """The factors then are at the optimum: s = 1."""
-    As, Bs, _, _ = make([(4, 9, 7)])
-    start = As[0].clone()
-    rescale_(As, Bs, inverse_steps=[tau])
-    once = clones(As + Bs)
-    rescale_(As, Bs, inverse_steps=[tau])
-    torch.testing.assert_close(As + Bs, once, rtol=1e-12, atol=0)
-    assert relative(once[0], start) > 0.1
-
-
-ADAMW = {"lr": 0.05, "betas": (0.9, 0.99), "weight_decay": 0.1}
-
-
-def adamw_after_three_steps(eps):
-    """Two unbalanced factors and an AdamW with a history, and fresh gradients for its fourth step."""
-    (A,), (B,), _, _ = make([(3, 8, 6)])
-    params = [torch.nn.Parameter(A), torch.nn.Parameter(B)]
-    optimizer = torch.optim.AdamW(params, eps=eps, **ADAMW)
-    rng = np.random.default_rng(9)
-    for p in params * 3:
-        p.grad = torch.tensor(rng.normal(size=p.shape))
-        if p is params[1]:
-            optimizer.step()
-    return params, optimizer, [torch.tensor(rng.normal(size=p.shape)) for p in params]
-
-
-def rescale_with_moments(params, optimizer, moments=True):
-    states = [[(optimizer.state[p]["exp_avg"], 1), (optimizer.state[p]["exp_avg_sq"], 2)] for p in params]
-    s = ref.scalar(*(numpy(p) for p in params))
-    rescale_(params[:1], params[1:], *([[states[0]], [states[1]]] if moments else ()))
-    return math.sqrt(s)
-
-
-@pytest.mark.parametrize("eps", [0.0, 0.3])
-def test_moments_move_with_the_factors(eps):
-    """AdamW's step after `rescale_` is the reference's; without eps it moves each entry as it would have before."""
-    params, optimizer, grads = adamw_after_three_steps(eps)
-    states = [optimizer.state[p] for p in params]
-    old = [
-        ref.AdamState(*map(numpy, (p, g, q["exp_avg"], q["exp_avg_sq"])))
-        for p, g, q in zip(params, grads, states, strict=True)
-    ]
-    root, expected = rescale_with_moments(params, optimizer), []
-    for p, q, before, t in zip(params, states, old, (root, 1 / root), strict=True):
-        now = ref.rescaled(before, t)
-        for actual, value in zip((p, q["exp_avg"], q["exp_avg_sq"]), (now.param, *now[2:]), strict=True):
-            np.testing.assert_allclose(numpy(actual), value, rtol=1e-12)
-        p.grad = torch.tensor(now.grad)
-        expected.append(ref.adamw_step(now, 4, eps=eps, **ADAMW))
-        kept = 1 - ADAMW["lr"] * ADAMW["weight_decay"]
-        step, step_before = (
-            expected[-1] - kept * now.param,
-            ref.adamw_step(before, 4, eps=eps, **ADAMW) - kept * before.param,
-        )
-        assert np.allclose(step, step_before, rtol=1e-9) == (eps == 0)
-    optimizer.step()
-    for p, value in zip(params, expected, strict=True):
-        np.testing.assert_allclose(numpy(p), value, rtol=1e-10, atol=1e-12)
-
-
-def test_moments_left_behind_give_another_step():
-    """The counter-check: the moments matter."""
-    results = []
-    for moments in (True, False):
-        params, optimizer, grads = adamw_after_three_steps(0.0)
-        root = rescale_with_moments(params, optimizer, moments)
-        for p, grad, t in zip(params, grads, (root, 1 / root), strict=True):
-            p.grad = grad / t
-        optimizer.step()
-        results.append(params[0].detach())
-    assert relative(results[1], results[0]) > 1e-3
-
-
-# Diagnosis
-
-
-def test_diagnose_values_are_those_of_numpy():
-    As, Bs, _, _ = make([(4, 9, 7), (4, 20, 7), (4, 9, 30)])
-    values = diagnose(As, Bs, eps=0.1, dtype=F64)
-    for i, (A, B) in enumerate(zip(map(numpy, As), map(numpy, Bs), strict=True)):
-        (P, Q), S = ref.grams(A, B), ref.refactoring(A, B, 0.1)
-        expected = {
-            "balance_gap": np.linalg.norm(P - Q) / np.linalg.norm(Q),
-            "balance_residual": np.linalg.norm(S @ P @ S - Q) / np.linalg.norm(Q),
-            "cond_P": np.linalg.cond(P),
-            "cond_Q": np.linalg.cond(Q),
-            "norm_A": np.linalg.norm(A),
-            "norm_B": np.linalg.norm(B),
-            "fallback": 0,
-        }
-        assert {name: value[i].item() for name, value in values.items()} == pytest.approx(expected, rel=1e-9)
-
-
-def test_diagnose_keeps_the_order_of_the_pairs():
-    """Ranks may alternate; value i is that of pair i."""
-    As, Bs, _, _ = make(SHAPES)
-    values = diagnose(As, Bs, eps=None, dtype=F64)
-    norms = torch.stack([A.norm() for A in As])
-    assert len(set(norms.tolist())) > 3
-    torch.testing.assert_close(values["norm_A"], norms)
-
-
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
-@pytest.mark.parametrize("dtype", [F32, F64])
-def test_diagnose_does_not_depend_on_the_size_of_both_factors(dtype, size):
-    """Balanced: gap 0. Unbalanced 2:1: gap 3. Both whatever the size, in float32 too."""
-    (A,), _, _, _ = make([(4, 9, 9)], size_A=size, dtype=dtype)
-    for factor, gap in ((1.0, 0.0), (2.0, 3.0)):
-        values = diagnose([factor * A], [A.mT.contiguous()], eps=None, dtype=dtype)
-        assert values["balance_gap"].item() == pytest.approx(gap, abs=1e-5)
-        assert 0 <= values["balance_residual"].item() < 1e-2
-        assert values["cond_P"].item() == pytest.approx(100, rel=1e-2)
-        assert values["norm_B"].item() == pytest.approx(A.norm().item(), rel=1e-5)
-
-
-def test_diagnose_names_what_does_not_exist():
-    """A division by 0 is NaN or inf, nothing else is; a non-finite factor takes no other pair with it."""
-    As, Bs, _, _ = make([(4, 9, 7)] * 3, dtype=F32)
-    Bs[0].zero_()
-    As[1][0, 0] = math.nan
-    values = diagnose(As, Bs, eps=None, dtype=F32)
-    assert values["fallback"].tolist() == [1, 1, 0]
-    finite = {name: value.isfinite().tolist() for name, value in values.items()}
-    assert finite == {
-        "balance_gap": [False, False, True],
-        "balance_residual": [False, False, True],
-        "cond_P": [True, False, True],
-        "cond_Q": [False, True, True],
-        "norm_A": [True, False, True],
-        "norm_B": [True, True, True],
-        "fallback": [True, True, True],
-    }
-    assert values["norm_B"][0] == 0
-
-
-# What it is for
-
-
-@pytest.mark.parametrize("start", ["unbalanced", "ill_conditioned", "both"])
-def test_gradient_descent_converges_from_bad_factors(start):
-    """Low-rank factorisation (the paper's Figure 2): plain descent stalls at its best rate, RefLoRA converges."""
-    rng = np.random.default_rng(0)
-    W = torch.tensor(rng.normal(size=(24, 4)) @ rng.normal(size=(4, 20)))
-    W /= torch.linalg.matrix_norm(W, 2)
-    A, B = spectrum(rng, 4, 20, 1.0), spectrum(rng, 24, 4, 1.0)
-    D = torch.diag(torch.logspace(0, -1.5, 4, dtype=F64))
-    A, B = {
-        "unbalanced": (10 * A, B / 3),
-        "ill_conditioned": (10 * D @ A, B / 10),
-        "both": (10 * D @ A, B @ torch.linalg.inv(D) / 100),
-    }[start]
-
-    def best_loss(method, rates, steps=60):
-        losses = []
-        for rate in rates:
-            a, b = A.clone(), B.clone()
-            for _ in range(steps):
-                E = b @ a - W
-                grads = [b.mT @ E], [E @ a.mT]
-                if method is not None:
-                    method([a], [b], *grads)
-                a -= rate * grads[0][0]
-                b -= rate * grads[1][0]
-            losses.append(((b @ a - W).norm() / W.norm()).item() ** 2)
-        return min(loss for loss in losses if math.isfinite(loss))
-
-    assert best_loss(None, rates=[2.0**k for k in np.arange(-13, 2, 0.5)]) > 0.1
-    assert best_loss(precondition_, rates=[0.5]) < 1e-9
