@@ -1,5 +1,5 @@
 from .hub.adapter import push_adapter
-from .hub.client import PushError
+from .hub.retry import PushError
 from .lora_sb.callback import LoraSbCallback
 from .lora_sb.config import LoraSbConfig
 from .lora_sb.export import export_lora

@@ -21,8 +21,9 @@ from ..report.diagnostics import diagnostics, method_of
 from ..report.ids import hub_id, is_hub_id
 from ..report.plot import plot
 from ..report.recorder import RECORD_NAME
-from . import client as hub
+from .repository import Repo, prepare
 from .scan import check_files
+from .upload import license_of, read_text, upload
 
 
 CARD_NAME, PLOT_NAME, NATIVE_FOLDER = "README.md", "training.png", "native"
@@ -66,20 +67,20 @@ def push_adapter(
 
     Args:
         folder: Folder of the adapter, such as a trainer's `output_dir` or a checkpoint.
-        repo_id, token, private, revision, create_pr, other_base: See `hf_reflora.hub.client.prepare`.
+        repo_id, token, private, revision, create_pr, other_base: See `hf_reflora.hub.repository.prepare`.
         base_model: Id of the base model on the Hub, where the files name a local path. Default: what the files say.
         license, language, tags: For the card. Default: what the present card says; the license of the base model.
         message: Message of the commit, and title of the pull request.
 
     Raises:
-        hub.PushError: with the reason, if it could not be pushed.
+        PushError: with the reason, if it could not be pushed.
         ValueError: no adapter in the folder, a wrong card, or a secret in a file (`scan.SecretFound`).
     """
     folder = Path(folder)
     if base_model is not None and not is_hub_id(base_model):
         raise ValueError(f"base_model must be an id on the Hub such as org/model, got {base_model!r}.")
     record = _record(folder, base_model)
-    repo = hub.prepare(
+    repo = prepare(
         repo_id,
         token=token,
         private=private,
@@ -93,7 +94,7 @@ def push_adapter(
 
 def push_prepared(
     folder: Path,
-    repo: hub.Repo,
+    repo: Repo,
     *,
     record: dict[str, Any] | None = None,
     license: str | None = None,
@@ -102,9 +103,9 @@ def push_prepared(
     checkpoints: dict[str, Path] | None = None,
     message: str = "Upload adapter with hf_reflora",
 ) -> Push:
-    """`push_adapter` to a repository that `hub.prepare` has seen, with `checkpoints`, folders by their name there."""
+    """`push_adapter` to a repository that `prepare` has checked, with `checkpoints`, folders by their name there."""
     record = _record(folder, None) if record is None else record
-    earlier = hub.read_text(repo, CARD_NAME)
+    earlier = read_text(repo, CARD_NAME)
     with tempfile.TemporaryDirectory(prefix="hf_reflora-") as temporary:
         staged = Path(temporary) / "adapter"
         left_out = stage(folder, staged, record=record, checkpoints=checkpoints or {})
@@ -115,7 +116,7 @@ def push_prepared(
         elif not kept_card:
             said = {name: kept(own)[name] or kept(earlier or "")[name] for name in ("license", "language")}
             if license is None and said["license"] is None and record["base_model"]:
-                inherited = hub.license_of(repo, record["base_model"])
+                inherited = license_of(repo, record["base_model"])
                 license = inherited if inherited in LICENSES else None
             text = render(
                 record,
@@ -130,7 +131,7 @@ def push_prepared(
             (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")
         files = sorted(path for path in staged.rglob("*") if path.is_file())
         check_files(staged, files, [repo.api.token])
-        commit = hub.upload(repo, staged, message)
+        commit = upload(repo, staged, message)
         return Push(commit, repo.id, [f.relative_to(staged).as_posix() for f in files], left_out, kept_card)
 
 

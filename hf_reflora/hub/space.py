@@ -10,8 +10,9 @@ from huggingface_hub import SpaceCard, constants, get_token
 
 from ..report.card import check_license
 from ..report.ids import is_hub_id
-from . import client as hub
+from .repository import prepare_space
 from .scan import check_files
+from .upload import is_public, upload
 
 
 # In an installed package by pyproject.toml, or in the repository.
@@ -47,12 +48,12 @@ def deploy_space(
         repo_id: Name of the Space, "name" or "owner/name".
         base: Id of the base model on the Hub.
         adapters: Ids of ordinary LoRA adapters of it on the Hub; the first one is chosen at the start.
-        token, private, hardware, secrets: See `hf_reflora.hub.client.prepare_space`. If the base or an adapter is
+        token, private, hardware, secrets: See `hf_reflora.hub.repository.prepare_space`. If the base or an adapter is
             private or gated, the Space gets the token as its secret HF_TOKEN, unless `secrets` has one.
         license: Of the Space's own code and card.
 
     Raises:
-        hub.PushError: with the reason, if it could not be pushed.
+        PushError: with the reason, if it could not be pushed.
         ValueError: a name that is no id on the Hub, or an unknown license.
     """
     for what, name in [("base", base), *(("adapter", adapter) for adapter in adapters)]:
@@ -63,7 +64,7 @@ def deploy_space(
     check_license(license)
     secrets, warnings = dict(secrets or {}), []
     token = token or get_token()
-    closed = [name for name in (base, *adapters) if token and not hub.is_public(name)]
+    closed = [name for name in (base, *adapters) if token and not is_public(name)]
     if closed and "HF_TOKEN" not in secrets:
         secrets["HF_TOKEN"] = token
         warnings.append(
@@ -81,10 +82,10 @@ def deploy_space(
             for adapter, name in zip(adapters, names, strict=True)
         ]
         variables = {"BASE_MODEL": base, "ADAPTERS": ",".join(listed)}
-        repo = hub.prepare_space(
+        repo = prepare_space(
             repo_id, token=token, private=private, hardware=hardware, variables=variables, secrets=secrets
         )
-        hub.upload(repo, folder, "Before and after the fine-tune")
+        upload(repo, folder, "Before and after the fine-tune")
     return Deployed(f"{constants.ENDPOINT}/spaces/{repo.id}", repo.id, warnings)
 
 

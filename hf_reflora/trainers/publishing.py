@@ -15,8 +15,9 @@ from transformers.utils import logging
 
 from ..distributed.backend import check_saving
 from ..distributed.parameters import without_checkpoint_wrappers
-from ..hub import client as hub
 from ..hub.adapter import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
+from ..hub.repository import Repo, prepare
+from ..hub.retry import PushError
 from ..report.card import check_license, is_edited, render
 from ..report.environment import write_text
 from ..report.ids import hub_id
@@ -37,7 +38,7 @@ class PublishingMixin:
     - everything that goes to the Hub goes by `hf_reflora.hub.adapter`: in one commit, tried again, once, without
       `training_args.bin`; a LoRA-SB adapter as an ordinary LoRA. With `push_to_hub=True` token, name and permission
       are checked when the trainer is made. Pushes in the background follow `hub_strategy`; what failed of them is
-      pushed again when training ends, and `train` raises `hub.PushError` if that fails, too, after saving;
+      pushed again when training ends, and `train` raises `PushError` if that fails, too, after saving;
     - `hub_token` is not in the `training_args.bin` that it saves.
 
     Example:
@@ -56,10 +57,10 @@ class PublishingMixin:
         self.run_record.facts = {"tags": list(self._tag_names), **known, **self.run_record.facts}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._push_job: Future | None = None
-        self._push_error: hub.PushError | None = None
+        self._push_error: PushError | None = None
         self._unpushed: dict[str, Path] = {}  # checkpoints that are not on the Hub yet, by their name there
         self._snapshots: tempfile.TemporaryDirectory | None = None
-        self._repo: hub.Repo | None = None
+        self._repo: Repo | None = None
         super().__init__(*args, callbacks=callbacks, **kwargs)
         check_saving(self.accelerator.state)
 
@@ -131,10 +132,10 @@ class PublishingMixin:
         write_text(path, text)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Checks token, name and permission, and makes the repository if there is none; see `hub.prepare`.
+        """Checks token, name and permission, and makes the repository if there is none; see `prepare`.
 
         Raises:
-            hub.PushError: with the reason.
+            PushError: with the reason.
         """
         self.push_in_progress = None  # transformers' own; here it stays so
         if self.is_world_process_zero():
@@ -167,7 +168,7 @@ class PublishingMixin:
             The commit (on the main process), the newest one if nothing had changed.
 
         Raises:
-            hub.PushError: with the reason and the command that finishes the push.
+            PushError: with the reason and the command that finishes the push.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -186,10 +187,10 @@ class PublishingMixin:
         self._push_job = self._pool.submit(push)
         return self._push_job
 
-    def _prepare(self, token=None, revision=None, private=None, **options) -> hub.Repo:
+    def _prepare(self, token=None, revision=None, private=None, **options) -> Repo:
         args, config = self.args, getattr(self.model, "active_peft_config", None)
         known = self.run_record.facts.get("base_model", hub_id(getattr(config, "base_model_name_or_path", None)))
-        return hub.prepare(
+        return prepare(
             args.hub_model_id or Path(args.output_dir).absolute().name,
             token=token or args.hub_token,
             private=args.hub_private_repo if private is None else private,
@@ -198,7 +199,7 @@ class PublishingMixin:
             **options,
         )
 
-    def _pushed(self, repo: hub.Repo, folder: Path, checkpoints: dict[str, Path], message: str) -> Push:
+    def _pushed(self, repo: Repo, folder: Path, checkpoints: dict[str, Path], message: str) -> Push:
         """Pushes and keeps account of what failed."""
         try:
             done = push_prepared(folder, repo, checkpoints=checkpoints, message=message)
@@ -206,7 +207,7 @@ class PublishingMixin:
             options = ["--revision", repo.revision] if repo.revision != "main" else []
             options += ["--create-pr"] if repo.create_pr else []
             command = shlex.join(["hf-reflora", "push", Path(self.args.output_dir).as_posix(), repo.id, *options])
-            self._push_error = hub.PushError(f"{error} Nothing is lost; this finishes it: {command}")
+            self._push_error = PushError(f"{error} Nothing is lost; this finishes it: {command}")
             raise self._push_error from None
         self._push_error = None
         for name, checkpoint in checkpoints.items():
@@ -240,7 +241,7 @@ class PublishingMixin:
     def _push_snapshot(self, snapshot: Path, checkpoints: dict[str, Path], message: str) -> None:
         try:
             self._pushed(self._repo, snapshot, checkpoints, message)
-        except hub.PushError as error:
+        except PushError as error:
             logger.error(f"{message}: {error} Training goes on; the next push brings what is missing.")
         for pushed in {snapshot, *checkpoints.values()} - set(self._unpushed.values()):
             shutil.rmtree(pushed, ignore_errors=True)

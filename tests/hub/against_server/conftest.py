@@ -21,10 +21,10 @@ def server():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Attempts without long pauses."""
-    from hf_reflora.hub import client as hub
+    from hf_reflora.hub import retry
 
-    monkeypatch.setattr(hub, "DELAYS", (0.01, 0.02, 0.04, 0.08, 0.16))
-    monkeypatch.setattr(hub, "LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(retry, "DELAYS", (0.01, 0.02, 0.04, 0.08, 0.16))
+    monkeypatch.setattr(retry, "LONGEST_DELAY", 0.2)
 
 
 def pytest_unconfigure():

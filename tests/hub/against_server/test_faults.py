@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, get_session
 from local_hub import XET
 
 from hf_reflora import PushError, push_adapter
-from hf_reflora.hub import client as hub
+from hf_reflora.hub import retry
 
 
 CONFLICT = {"error": "Cannot create repo: another conflicting operation is in progress"}
@@ -193,7 +193,7 @@ def test_a_lost_answer_to_a_pull_requests_commit(server, tmp_path):
 
 def test_a_silent_hub_does_not_hang_the_push(server, tmp_path, monkeypatch):
     folder = saved_adapters.lora(tmp_path)
-    monkeypatch.setattr(get_session(), "timeout", hub.httpx.Timeout(1))
+    monkeypatch.setattr(get_session(), "timeout", retry.httpx.Timeout(1))
     server.fault("/commit/", action="hang", seconds=3)
     begin = time.monotonic()
     push_adapter(folder, "me/adapter")
@@ -205,10 +205,10 @@ def test_a_silent_hub_does_not_hang_the_push(server, tmp_path, monkeypatch):
 
 def test_the_client_gets_a_time_limit(server, tmp_path):
     huggingface_hub.close_session()
-    assert get_session().timeout == hub.httpx.Timeout(None)
+    assert get_session().timeout == retry.httpx.Timeout(None)
     push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
-    assert get_session().timeout == hub.TIMEOUT
-    assert get_session().event_hooks["response"].count(hub._pause_at_conflicts) == 1
+    assert get_session().timeout == retry.TIMEOUT
+    assert get_session().event_hooks["response"].count(retry._stop_at_conflict) == 1
 
 
 def test_no_network(server, tmp_path, monkeypatch):
