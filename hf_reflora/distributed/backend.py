@@ -24,6 +24,7 @@ def backend_name() -> str:
         return PartialState().distributed_type.value
     if is_deepspeed():
         return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    # accelerate has one name, FSDP, for both versions.
     return "FSDP2" if state.is_fsdp2 else state.distributed_type.value
 
 
@@ -39,6 +40,7 @@ def check_backend(what: str) -> None:
     Args:
         what: What would not work there, for the message.
     """
+    # accelerate's state does not tell SageMaker's model parallelism; transformers does.
     if is_sagemaker_mp_enabled():
         raise ValueError(f"{what} does not support SageMaker's model parallelism. Train with FSDP2 or DeepSpeed.")
     state = _state()
@@ -58,6 +60,7 @@ def check_backend(what: str) -> None:
 
 def check_saving(state: AcceleratorState) -> None:
     """Raises a ValueError for settings under which a Trainer saves no adapter, or one without weights."""
+    # With sharded state dicts transformers writes FSDP's own files and skips the adapter's.
     if state.distributed_type == DistributedType.FSDP and "FULL" not in str(state.fsdp_plugin.state_dict_type):
         raise ValueError(
             f"With {state.fsdp_plugin.state_dict_type} a Trainer saves no adapter. Choose FULL_STATE_DICT: "

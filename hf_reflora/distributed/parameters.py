@@ -33,6 +33,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def copy_full_(target: Tensor, value: Tensor) -> None:
     """Copies the full tensor `value`, equal on every process, into `target`; a DTensor takes its own shard of it."""
     if isinstance(target, DTensor):
+        # distribute_tensor would broadcast rank 0's value once more; all processes have the same one already.
         mesh = target.device_mesh
         replicated = DTensor.from_local(value.to(target.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
         value = replicated.redistribute(placements=target.placements)
@@ -102,6 +103,7 @@ def gather_parameters(parameters: Iterable[Tensor], *, write: bool = False) -> I
 @torch.no_grad()
 def write_parameter_(parameter: nn.Parameter, value: Tensor) -> None:
     """Copies the full tensor `value`, equal on every process, into a parameter and into DeepSpeed's master copy."""
+    # The order matters: leaving the context repartitions the parameter, and the master copy is set from its partition.
     with gather_parameters([parameter], write=True):
         copy_full_(parameter, value)
     if is_zero3_partitioned(parameter):

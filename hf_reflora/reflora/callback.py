@@ -65,6 +65,7 @@ class RefLoraCallback(TrainerCallback):
         check_optim(str(getattr(args.optim, "value", args.optim)))
         require_pairs(model)
         if optimizer is not None:
+            # accelerate's wrapper has a step with an optional closure, whatever the optimizer inside needs.
             check_optimizer(type(unwrap_optimizer(optimizer)))
             if any(STEP_KEY in group for group in optimizer.param_groups):
                 raise ValueError(
@@ -74,6 +75,8 @@ class RefLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.check(args, model, optimizer)
+        # The step object is chosen here and not at construction: FSDP2 and DeepSpeed replace the parameters and their
+        # storage when the Trainer prepares the model, which comes shortly before this event.
         if self._step is not None:
             self._step.close()  # an earlier train() may have ended with an error, before on_train_end
         self._step = choose_step(self.settings, lora_layers(model))
@@ -82,9 +85,12 @@ class RefLoraCallback(TrainerCallback):
         self._step.begin(state.global_step, unwrap_optimizer(optimizer))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # The gradients are accumulated, averaged over processes, unscaled and clipped by now. After an overflow in
+        # fp16 they are not finite and this event comes all the same; the GradScaler then skips the step.
         self._step.before_optimizer(state.global_step, unwrap_optimizer(optimizer))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # The Trainer counts the step later, so `state.global_step` is still the index of the step just taken.
         self._step.after_optimizer(state.global_step, unwrap_optimizer(optimizer))
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -101,6 +107,7 @@ class RefLoraCallback(TrainerCallback):
         """
         if self._step is None:
             return {}
+        # .item() waits for the device: this is called at logging steps only.
         metrics = {}
         for name, values in self._step.diagnose().items():
             values = values[values.isfinite()]

@@ -37,6 +37,7 @@ def diagnose(
         with ieee_arithmetic(P.device):
             parts["balance_residual"].append(torch.linalg.matrix_norm(S @ P @ S - Q) / size)
         for name, G in (("cond_P", P), ("cond_Q", Q)):
+            # eigvalsh raises for a NaN, which would hide the other pairs.
             usable = G.isfinite().all(-1).all(-1)
             spectrum = torch.linalg.eigvalsh(torch.where(usable[:, None, None], G, 0))
             parts[name].append(spectrum[:, -1] / spectrum[:, 0].clamp(min=0))

@@ -114,6 +114,7 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    # PEFT keeps an embedding's factors as bare parameters, of the same orientation as a linear layer's weights.
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

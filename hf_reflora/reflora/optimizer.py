@@ -63,6 +63,7 @@ def create_reflora_optimizer(
     check_optimizer(optimizer_cls)
     require_pairs(model)
     layers = lora_layers(model)
+    # One parameter group, as PEFT's factories have it; the hooks do not depend on how groups are made.
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
     optimizer.param_groups[0][STEP_KEY] = 0
     chosen: list[PlainStep] = []
@@ -73,6 +74,7 @@ def create_reflora_optimizer(
         return chosen[0]
 
     def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        # args[0] is the optimizer itself: torch hands the hook the arguments of the unbound step.
         if any(value is not None for value in (*args[1:], kwargs.get("closure"))):
             raise ValueError(
                 "An optimizer of create_reflora_optimizer takes no closure: it would compute the gradients again "

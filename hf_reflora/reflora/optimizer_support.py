@@ -26,6 +26,7 @@ def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
     # LOMO's `fused_backward` and the layer-wise optimizers of transformers step inside the backward pass.
     if hasattr(optimizer_cls, "fused_backward") or optimizer_cls.__name__ == "LayerWiseDummyOptimizer":
         _raise_steps_inside_backward(optimizer_cls.__name__)
+    # torch's own optimizers have `closure=None`; LBFGS requires one.
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

@@ -71,6 +71,7 @@ def precondition_scalar_(
     for grad_A, grad_B, s in zip(grads_A, grads_B, balance_scalars(norms_A, norms_B, inverse_steps), strict=True):
         for grad, multiplier in ((grad_A, s.reciprocal()), (grad_B, s)):
             if grad is not None:
+                # copy_ casts the product once, to the gradient's own dtype.
                 grad.copy_(grad.to(multiplier.dtype) * multiplier)
 
 
@@ -103,6 +104,7 @@ def rescale_(
     norms_A, norms_B = norms or (factor_norms(As), factor_norms(Bs))
     for i, s in enumerate(balance_scalars(norms_A, norms_B, inverse_steps)):
         root = s.sqrt()
+        # B A = (B / √s) (√s A), and ∇(√s A) = ∇A / √s.
         As[i].copy_(As[i].to(root.dtype) * root)
         Bs[i].copy_(Bs[i].to(root.dtype) / root)
         for moment, degree in moments_A[i] if moments_A is not None else ():
@@ -117,6 +119,7 @@ def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None
     for group in group_indices([(grad.shape, grad.dtype, grad.device) for _, grad in present]):
         indices = [present[i][0] for i in group]
         stack = torch.stack([grads[i] for i in indices]).to(S.dtype)
+        # Indexing with a list would copy the indices to the device and wait for it; stacking views does not.
         T = S if len(indices) == len(S) else torch.stack([S[i] for i in indices])
         product = T @ stack if left else stack @ T
         for i, value in zip(indices, product.unbind(0), strict=True):

@@ -83,6 +83,7 @@ class RefLora:
                 "RefLoRA: form='rescale' needs method='reflora_s': a full S would mix entries of Adam's second "
                 "moment. Use form='precondition'."
             )
+        # Written so that NaN fails every comparison and is refused.
         if self.eps is not None and not 0 < self.eps <= 1:
             raise ValueError(f"RefLoRA: eps must lie in (0, 1], got {self.eps}.")
         if self.dtype not in DTYPES:

@@ -46,6 +46,8 @@ class DeepSpeedStep(PlainStep):
             factors = [(pair.name, factor) for pair in pairs for factor in (pair.A, pair.B)]
             check_master_copies(factors, "RefLoRA-S as rescaling (not form='precondition')")
             return
+        # Leaf hooks see the full local gradient in every ZeRO stage, before DeepSpeed reduces it into its partitions;
+        # hooks of its optimizer would see flat partitions of all parameters.
         for pair in pairs:
             for side, factor in (("A", pair.A), ("B", pair.B)):
                 self._handles.append(factor.register_hook(partial(self._multiply, pair, side)))
@@ -83,6 +85,7 @@ class DeepSpeedStep(PlainStep):
                 "form='precondition'."
             )
         factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+        # One host synchronization: DeepSpeed's accessors multiply by plain numbers, on whatever device they keep.
         with gather_parameters(factors):
             roots = torch.stack(self._scalars(pairs, optimizer)).sqrt().tolist()
         scales = [scale for root in roots for scale in (root, 1 / root)]

@@ -35,6 +35,7 @@ class Fsdp2Step(PlainStep):
 
     def precondition(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
         norm = super().precondition(pairs, optimizer)
+        # Of DTensors get_total_norm returns a DTensor that holds this process's part of the norm.
         return None if norm is None else full_tensor(norm)
 
     def diagnose(self) -> dict[str, Tensor]:
@@ -57,6 +58,7 @@ class Fsdp2Step(PlainStep):
             norms = self._norms(pairs)
             precondition_scalar_(As, Bs, local_grads_A, local_grads_B, inverse_steps=inverse_steps, norms=norms)
             return
+        # All processes multiply the full ∇A by the same bit-identical S⁻¹ and keep their own rows of the product.
         full_grads_A = [None if grad is None else full_tensor(grad) for grad in grads_A]
         factors_B = _by_block(pairs, [pair.B for pair in pairs])
         precondition_(
@@ -70,7 +72,7 @@ class Fsdp2Step(PlainStep):
             sum_over_shards=lambda values, indices: sum_over_shards(values, [factors_B[i] for i in indices]),
         )
         for grad, full_grad in zip(grads_A, full_grads_A, strict=True):
-            if full_grad is not grad:
+            if full_grad is not grad:  # a parameter that FSDP2 was told to ignore has been written in place
                 copy_full_(grad, full_grad)
 
     def _local(self, tensor: Tensor) -> Tensor:
@@ -101,6 +103,7 @@ def _full_norms(blocks: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
 
 
 def _check_shards(pair: LoraPair) -> None:
+    # A kernel's blocks would cross the borders of the shards, and experts interleave in B's columns.
     placements = [p for factor in (pair.A, pair.B) if isinstance(factor, DTensor) for p in factor.placements]
     if placements and (pair.A.ndim > 2 or pair.blocks > 1):
         raise NotImplementedError(

@@ -57,12 +57,14 @@ class PlainStep:
         pairs = [p for p in held_pairs(pairs, optimizer) if p.A.grad is not None or p.B.grad is not None]
         if not pairs:
             return None
+        # Gradients are looked up now and never kept: zero_grad(set_to_none=True) replaces them at each step.
         self._precondition(
             pairs,
             [dense_gradient(pair.A) for pair in pairs],
             [dense_gradient(pair.B) for pair in pairs],
             self._inverse_steps(pairs, optimizer),
         )
+        # Of torch's own norms this one takes the tensors of all devices and does not wait for any of them.
         gradients = [p.grad for pair in pairs for p in (pair.A, pair.B) if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
@@ -96,6 +98,7 @@ class PlainStep:
         grads_B: list[Tensor | None],
         inverse_steps: list[float] | None,
     ) -> None:
+        # The blocks are views of the factors and of the gradients, so what is written into them lands there.
         As, Bs = blocks_of_A(pairs, [pair.A for pair in pairs]), blocks_of_B(pairs, [pair.B for pair in pairs])
         gradients = blocks_of_A(pairs, grads_A), blocks_of_B(pairs, grads_B)
         if self.settings.method == "reflora_s":
@@ -122,6 +125,7 @@ class PlainStep:
         if smoothness is None:
             return None
         rates = self._learning_rates(pairs, optimizer)
+        # A schedule with warm-up may begin at a rate of 0.
         return [
             1 / (smoothness * pair.scaling**2 * max(rates[id(pair.A)], 1e-30))
             for pair in pairs
@@ -151,6 +155,7 @@ def held_pairs(pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[LoraPair
 
 
 def _check_no_shared_memory(tensors: list[Tensor]) -> None:
+    # ensure_weight_tying gives a head other Parameters on the memory of the embedding's factors, so ids do not tell.
     pointers = [tensor.data_ptr() for tensor in tensors if tensor.numel() > 0]
     if len(set(pointers)) < len(pointers):
         raise ValueError(
