@@ -21,14 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_reflora import LoraSbConfig, initialize_lora_sb_weights
 from hf_reflora.lora_sb.gradients import frozen, weight_gradients
 from hf_reflora.lora_sb.subspace import truncated_svd
+from hf_reflora.recipes import embedded_model
 from hf_reflora.report.environment import environment, write_json
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import embedded_model  # noqa: E402
-
 
 WAYS = {
     "a LoRA training step": "three AdamW steps of a LoRA of the same rank, same batches",

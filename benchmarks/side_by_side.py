@@ -18,11 +18,11 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "spaces" / "before_after"), str(ROOT / "recipes")]
+sys.path.insert(0, str(ROOT / "spaces" / "before_after"))
 
-import embedded_model  # noqa: E402
 from engine import Engine, Settings, _Pass  # noqa: E402
 
+from hf_reflora.recipes import embedded_model  # noqa: E402
 from hf_reflora.report.environment import environment, usable_cores, write_json  # noqa: E402
 
 

@@ -7,16 +7,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import classify_reflora
-import dpo_reflora
 import pytest
-import sft_reflora
 import tiny
 import torch
 from accelerate.commands.launch import launch_command_parser
 from peft import get_peft_model
 
 from hf_reflora import LoraSbConfig, cli
+from hf_reflora.recipes import classify, dpo, sft
 
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +35,11 @@ PAGES = {
     )
 }
 README = PAGES["README.md"]
-RECIPES = {f"recipes/{r.__name__}.py": r for r in (sft_reflora, dpo_reflora, classify_reflora)}
+RECIPES = {
+    "recipes/sft_reflora.py": sft,
+    "recipes/dpo_reflora.py": dpo,
+    "recipes/classify_reflora.py": classify,
+}
 LINES = [
     line.strip()
     for text in (*PAGES.values(), *(recipe.__doc__ for recipe in RECIPES.values()))

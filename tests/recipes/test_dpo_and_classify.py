@@ -6,25 +6,24 @@ import math
 import re
 from pathlib import Path
 
-import classify_reflora
-import dpo_reflora
 import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
-from adapters import check, peft_config
 from datasets import ClassLabel, Dataset
 from peft import PeftModel
-from run import load_rows
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 from trl import DPOConfig, DPOTrainer
 
 from hf_reflora import LoraSbConfig, export_lora
+from hf_reflora.recipes import classify, dpo
+from hf_reflora.recipes.adapters import check, peft_config
+from hf_reflora.recipes.run import load_rows
 
 
 ROOT = Path(__file__).parents[2]
-YAMLS = {"smollm2-135m/dpo_reflora.yaml": dpo_reflora, "glue/mrpc_reflora.yaml": classify_reflora}
+YAMLS = {"smollm2-135m/dpo_reflora.yaml": dpo, "glue/mrpc_reflora.yaml": classify}
 METHODS = {
     "lora": ["--method", "lora"],
     "reflora": ["--method", "reflora"],
@@ -59,14 +58,14 @@ def test_yaml_parses(name, tmp_path):
     assert training.learning_rate == config["learning_rate"]
     assert training.eval_strategy == config["eval_strategy"]
     assert reflora.reflora_warmup_steps == config.get("reflora_warmup_steps", 0)
-    if recipe is classify_reflora:
-        classify_reflora.check_model(model)
+    if recipe is classify:
+        classify.check_model(model)
         assert found.task_type == "SEQ_CLS"
         assert own.text_columns == config["text_columns"]
         assert own.max_length == config["max_length"]
 
 
-@pytest.mark.parametrize("recipe", [dpo_reflora, classify_reflora], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("recipe", [dpo, classify], ids=["dpo", "classify"])
 def test_wrong_options_raise(recipe, tmp_path):
     with pytest.raises(ValueError, match="reflora_warmup_step_s"):
         parse(recipe, "--reflora_warmup_step_s", "3", "--bf16", "false")
@@ -124,7 +123,7 @@ def finish(recipe, output, *arguments):
 def test_dpo_end_to_end(tiny_model, preferences, tmp_path, method, capsys):
     data = ["--model_name_or_path", tiny_model, "--dataset_name", preferences, "--learning_rate", "1e-2"]
     options = [*METHODS[method], "--gradient_checkpointing", "false", "--max_steps", "4"]
-    record, card = finish(dpo_reflora, tmp_path / "out", *data, *options)
+    record, card = finish(dpo, tmp_path / "out", *data, *options)
     assert record["method"] == METHODS[method][1]
     assert record["init"] == ("lora_sb" if "--init" in METHODS[method] else "default")
     assert (record["train_rows"], record["scores"]["rows"], record["scores"]["split"]) == (24, 8, "test")
@@ -146,7 +145,7 @@ def test_classification_end_to_end(tiny_model, pairs, tmp_path, method, capsys):
     data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--learning_rate", "1e-2", "--seed", "1"]
     columns = ["--text_columns", "left", "right", "--label_column", "same", "--max_length", "12"]
     options = [*data, *columns, *METHODS[method], "--num_train_epochs", "8"]
-    record, card = finish(classify_reflora, tmp_path / "out", *options)
+    record, card = finish(classify, tmp_path / "out", *options)
     assert record["method"] == METHODS[method][1]
     assert record["labels"] == ["no", "yes"]
     before, after = record["scores"]["before"], record["scores"]["after"]
@@ -165,7 +164,7 @@ def test_classification_end_to_end(tiny_model, pairs, tmp_path, method, capsys):
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
     base.config.pad_token_id = 0
     model = PeftModel.from_pretrained(base, adapter).eval()
-    rows = load_rows(parse(classify_reflora, "--dataset_name", pairs)[0], "test")
+    rows = load_rows(parse(classify, "--dataset_name", pairs)[0], "test")
     inputs = tiny.tokenizer()(list(rows["left"]), list(rows["right"]), return_tensors="pt")
     with torch.no_grad():
         found = model(**inputs).logits.argmax(-1).tolist()
@@ -191,7 +190,7 @@ def test_lora_sb_takes_the_gradient_of_the_loss_that_dpo_trains_with(preferences
     base = trainer.model.get_base_model()
     weight = base.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_()
     [expected] = torch.autograd.grad(trainer.compute_loss(trainer.model, inputs), weight)
-    loss, pairs = dpo_reflora.loss_at_the_reference(0.3)(trainer.model, inputs)
+    loss, pairs = dpo.loss_at_the_reference(0.3)(trainer.model, inputs)
     [found] = torch.autograd.grad(loss, weight)
     assert (loss.item(), pairs) == (pytest.approx(math.log(2)), 2)
     assert expected.any()
@@ -206,10 +205,10 @@ def test_lora_sb_takes_the_gradient_of_the_loss_that_dpo_trains_with(preferences
     ],
 )
 def test_lora_sb_refuses_other_losses_at_the_start(options, match, tmp_path):
-    options = parse(dpo_reflora, *options, "--output_dir", tmp_path, "--bf16", "false")
+    options = parse(dpo, *options, "--output_dir", tmp_path, "--bf16", "false")
     with pytest.raises(ValueError, match=match):
-        dpo_reflora.main(*options)
-    dpo_reflora.check_loss(parse(dpo_reflora, "--loss_type", "ipo", "--bf16", "false")[1], options[3].__class__())
+        dpo.main(*options)
+    dpo.check_loss(parse(dpo, "--loss_type", "ipo", "--bf16", "false")[1], options[3].__class__())
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,7 @@ def test_lora_sb_refuses_other_losses_at_the_start(options, match, tmp_path):
 def test_wrong_classification_options_raise(options, match, tiny_model, pairs, tmp_path):
     data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--output_dir", tmp_path, "--use_cpu", "true"]
     with pytest.raises(ValueError, match=match):
-        classify_reflora.main(*parse(classify_reflora, *data, *options))
+        classify.main(*parse(classify, *data, *options))
 
 
 def test_classes():
@@ -233,20 +232,20 @@ def test_classes():
         return Dataset.from_dict({"label": labels})
 
     named = rows([1, 0, 1]).cast_column("label", ClassLabel(names=["bad", "good", "unseen"]))
-    assert classify_reflora.classes_of(named, "label") == {0: "bad", 1: "good", 2: "unseen"}
-    assert list(classify_reflora.classes_of(rows([4, 2, 4]), "label").items()) == [(2, "2"), (4, "4")]
-    assert list(classify_reflora.classes_of(rows(["b", "a"]), "label").items()) == [("a", "a"), ("b", "b")]
+    assert classify.classes_of(named, "label") == {0: "bad", 1: "good", 2: "unseen"}
+    assert list(classify.classes_of(rows([4, 2, 4]), "label").items()) == [(2, "2"), (4, "4")]
+    assert list(classify.classes_of(rows(["b", "a"]), "label").items()) == [("a", "a"), ("b", "b")]
     for labels in ([0.5, 2.5], ["a", "a"], [1, None]):
         with pytest.raises(ValueError, match="two classes or more"):
-            classify_reflora.classes_of(rows(labels), "label")
+            classify.classes_of(rows(labels), "label")
 
 
 def test_labels_that_training_does_not_have():
     rows = Dataset.from_dict({"text": ["x", "y"], "label": [-1, 0]})
-    recipe = classify_reflora.ClassifyArguments()
+    recipe = classify.ClassifyArguments()
     with pytest.raises(ValueError, match=r"has the labels \[-1\], which are no classes of the training data"):
-        classify_reflora.tokenize(rows, recipe, tiny.tokenizer(), {0: "no", 1: "yes"})
-    tokens = classify_reflora.tokenize(rows, recipe, tiny.tokenizer(), {0: "no", -1: "unknown"})
+        classify.tokenize(rows, recipe, tiny.tokenizer(), {0: "no", 1: "yes"})
+    tokens = classify.tokenize(rows, recipe, tiny.tokenizer(), {0: "no", -1: "unknown"})
     assert tokens["labels"] == [1, 0]
 
 
@@ -254,15 +253,15 @@ def test_scores_by_hand():
     """tp 2, fp 1, fn 1, tn 4."""
     truth = np.array([1, 1, 1, 0, 0, 0, 0, 0])
     found = np.array([1, 1, 0, 1, 0, 0, 0, 0])
-    scores = classify_reflora.scores_of(2)(EvalPrediction(np.eye(2)[found], truth))
+    scores = classify.scores_of(2)(EvalPrediction(np.eye(2)[found], truth))
     assert scores == {
         "accuracy": 6 / 8,
         "f1": pytest.approx(4 / 6),
         "matthews_correlation": pytest.approx((2 * 4 - 1 * 1) / math.sqrt(3 * 3 * 5 * 5)),
     }
-    constant = classify_reflora.scores_of(2)(EvalPrediction((np.eye(2)[0 * found], None), truth))
+    constant = classify.scores_of(2)(EvalPrediction((np.eye(2)[0 * found], None), truth))
     assert constant == {"accuracy": 5 / 8, "f1": 0.0, "matthews_correlation": 0.0}
-    assert classify_reflora.scores_of(3)(EvalPrediction(np.eye(3)[found], truth)) == {"accuracy": 6 / 8}
+    assert classify.scores_of(3)(EvalPrediction(np.eye(3)[found], truth)) == {"accuracy": 6 / 8}
 
 
 @pytest.mark.slow
@@ -270,7 +269,7 @@ def test_the_seed_is_also_the_classifiers(tiny_model, pairs, tmp_path):
     data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_steps", "1"]
     columns = ["--text_columns", "left", "--label_column", "same"]
     first, again, other = (
-        finish(classify_reflora, tmp_path / str(i), *data, *columns, "--seed", seed)[0]["scores"]["before"]["loss"]
+        finish(classify, tmp_path / str(i), *data, *columns, "--seed", seed)[0]["scores"]["before"]["loss"]
         for i, seed in enumerate((0, 0, 1))
     )
     assert first == again != other

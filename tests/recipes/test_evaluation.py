@@ -1,7 +1,8 @@
 """Scores of answers, by hand."""
 
 import pytest
-from evaluation import final_answer_scores, reference, tool_call_scores
+
+from hf_reflora.recipes.scores import final_answer_scores, reference, tool_call_scores
 
 
 LIGHT = '{"name": "set_light", "arguments": {"room": "hall", "on": true}}'

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import embedded_model
 import pytest
-import sft_reflora
 import tiny
 import yaml
 
+from hf_reflora.recipes import embedded_model, sft
+from hf_reflora.recipes.adapters import check, peft_config
 from hf_reflora.report.card import render
 from hf_reflora.report.ids import hub_id
 
@@ -26,7 +26,7 @@ LORA_SB_KEYS = {"lora_r", "lora_alpha", "learning_rate", "ddp_broadcast_buffers"
 
 
 def parse(*arguments):
-    return sft_reflora.make_parser().parse_args_and_config([str(a) for a in arguments])
+    return sft.make_parser().parse_args_and_config([str(a) for a in arguments])
 
 
 def run(*arguments, **environment):
@@ -64,8 +64,8 @@ def test_yaml_parses(path, tmp_path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert recipe.method == config["method"]
     assert path.stem == recipe.method + ("_sb_init" if recipe.init == "lora_sb" else "")
-    sft_reflora.check(model, recipe, reflora, lorasb)
-    assert sft_reflora.peft_config(model, recipe).r == config["lora_r"]
+    check(model, recipe, reflora, lorasb)
+    assert peft_config(model, recipe).r == config["lora_r"]
     assert script.dataset_name == config["dataset_name"]
     assert training.learning_rate == config["learning_rate"]
     assert model.lora_r == config["lora_r"]
@@ -127,7 +127,7 @@ def test_settings_of_another_method_raise(tmp_path):
         (["--use_peft", "false"], "leave use_peft true"),
     ):
         with pytest.raises(ValueError, match=message):
-            sft_reflora.main(*parse(*arguments, "--output_dir", tmp_path, "--bf16", "false"))
+            sft.main(*parse(*arguments, "--output_dir", tmp_path, "--bf16", "false"))
 
 
 def test_ids_of_the_hub(tmp_path, monkeypatch):
@@ -260,16 +260,15 @@ def test_scores_do_not_depend_on_the_number_of_processes(tiny_model, tmp_path):
     script = tmp_path / "answer.py"
     script.write_text(
         "import json, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
         "from accelerate import PartialState\n"
         "from datasets import Dataset\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "import evaluation\n"
+        "from hf_reflora.recipes import scores\n"
         "state = PartialState(cpu=True)\n"
         "rows = Dataset.from_list([{'prompt': 'light on ' * n, 'completion': 'x'} for n in (3, 1, 5, 2, 4)])\n"
         f"path = {str(tiny_model)!r}\n"
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)\n"
-        "found = evaluation.answers(model, tokenizer, rows, max_new_tokens=6, batch_size=2, description='x')\n"
+        "found = scores.answers(model, tokenizer, rows, max_new_tokens=6, batch_size=2, description='x')\n"
         "if state.is_main_process:\n"
         "    open(sys.argv[1], 'w').write(json.dumps(found))\n",
         encoding="utf-8",

@@ -18,7 +18,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import peft
-import sft_reflora
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from trl import SFTConfig
 
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, RefLoraSFTTrainer
+from hf_reflora.recipes import sft
 from hf_reflora.trainers import publishing
 
 
@@ -196,7 +196,7 @@ def train_recipe(run: Run, started) -> None:
     if run.die is not None:
         arm(None, *run.die)
     started.set()
-    sft_reflora.main(*sft_reflora.make_parser().parse_args_and_config(arguments))
+    sft.main(*sft.make_parser().parse_args_and_config(arguments))
 
 
 def train(run: Run, rank: int, port: int, started) -> None:

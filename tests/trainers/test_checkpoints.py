@@ -33,7 +33,7 @@ MOMENTS = [*(("half", file) for file in FILES), *(("before", file) for file in E
 def path():
     """The processes' server imports kill_runs by it."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), str(ROOT / "tests" / "support")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     yield
     if before is None:
         del os.environ["PYTHONPATH"]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import sft_reflora
 import tiny
 import torch
 from adapter_layers import adapters, delta, factors, truncation
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig, SFTTrainer, get_quantization_config
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, RefLoraSFTTrainer
+from hf_reflora.recipes import sft
 
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -274,7 +274,7 @@ def test_recipe(tmp_path, monkeypatch, base, bits, method):
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)  # main sets it
     rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    arguments = sft_reflora.make_parser().parse_args_and_config(
+    arguments = sft.make_parser().parse_args_and_config(
         [
             *("--model_name_or_path", base, "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out")),
             *("--method", method, f"--load_in_{bits}bit", "true", "--dtype", "float32", "--bf16", "false"),
@@ -283,7 +283,7 @@ def test_recipe(tmp_path, monkeypatch, base, bits, method):
     )
     quantization = get_quantization_config(arguments[2])
     assert (quantization.load_in_4bit, quantization.load_in_8bit) == (bits == 4, bits == 8)
-    sft_reflora.main(*arguments)
+    sft.main(*arguments)
     record = json.loads((tmp_path / "out" / "run_record.json").read_text(encoding="utf-8"))
     assert record["method"] == method
     assert record["arguments"][f"load_in_{bits}bit"] is True

@@ -5,7 +5,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from dpo_reflora import loss_at_the_reference
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, RefLoraCallback
+from hf_reflora.recipes.dpo import loss_at_the_reference
 
 
 COMMON = {

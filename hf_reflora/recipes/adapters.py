@@ -7,9 +7,11 @@ from peft import PeftConfig
 from transformers import Trainer
 from trl import ModelConfig, get_peft_config
 
-from hf_reflora import LoraSbArguments, LoraSbCallback, LoraSbConfig, RefLoraArguments, RunRecordCallback
-from hf_reflora.report.card import NATIVE
-from hf_reflora.report.recorder import non_default
+from ..lora_sb.callback import LoraSbCallback
+from ..lora_sb.config import LoraSbConfig
+from ..report.card import NATIVE
+from ..report.recorder import RunRecordCallback, non_default
+from ..trainers.arguments import LoraSbArguments, RefLoraArguments
 
 
 REFLORA = ("reflora", "reflora_s")

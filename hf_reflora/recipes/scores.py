@@ -10,7 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_reflora.distributed.parameters import has_sharded_parameters
+from ..distributed.parameters import has_sharded_parameters
 
 
 def reference(row: dict[str, Any]) -> str:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import RecipeArguments
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
-from hf_reflora import PushError, RunRecordCallback
-from hf_reflora.distributed.parameters import is_zero3_partitioned
-from hf_reflora.report.environment import environment, peak_memory_gb, usable_cores
-from hf_reflora.report.ids import hub_id
-from hf_reflora.report.recorder import dataset_facts, non_default
+from ..distributed.parameters import is_zero3_partitioned
+from ..hub.client import PushError
+from ..report.environment import environment, peak_memory_gb, usable_cores
+from ..report.ids import hub_id
+from ..report.recorder import RunRecordCallback, dataset_facts, non_default
+from . import summary
+from .adapters import RecipeArguments
 
 
 logger = logging.getLogger(__name__)
@@ -126,10 +127,8 @@ def run(
     )
     trainer.save_model(_internal_call=True)  # without a push, which comes below with everything
     if trainer.is_world_process_zero():
-        import report
-
         saved = trainer.run_record.record
-        report.show(saved)
+        summary.show(saved)
         print(f"Trained in {saved['seconds']['train']:.0f} s, {saved['seconds']['total']:.0f} s in all.")
         print(f"Adapter, model card, run record and plot: {trainer.args.output_dir}")
     if trainer.args.push_to_hub:
