@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traini
 from trl import ModelConfig, ScriptArguments
 
 from ..distributed.parameters import is_zero3_partitioned
-from ..hub.client import PushError
+from ..hub.retry import PushError
 from ..report.environment import environment, peak_memory_gb, usable_cores
 from ..report.ids import hub_id
 from ..report.recorder import RunRecordCallback, dataset_facts, non_default
