@@ -1,9 +1,10 @@
-"""Three ways to answer with a base model and its adapter from one model in memory: seconds, and what they get wrong.
+"""Three ways to answer with a base model and its adapter from one model in memory: their times and their errors.
 
     python benchmarks/side_by_side.py [ADAPTER]
 
-In turn and mixed batch: the two ways of the Space's engine. One after the other: `generate` with the adapter disabled,
-then with it. Runs on the GPU, if there is one. Prints Markdown, writes records/side_by_side.json.
+"In turn" and "mixed batch" are the two ways of the Space's engine. "One after the other" calls `generate` with the
+adapter disabled and then with it enabled. Runs on the GPU if there is one. Prints a Markdown table and writes
+records/side_by_side.json.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from transformers.utils import logging
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "spaces" / "before_after"))
 
-from engine import Engine, Settings, _Pass  # noqa: E402
+from engine import Engine, Settings, Side, _Batch  # noqa: E402
 
 from hf_reflora.recipes import embedded_model  # noqa: E402
 from hf_reflora.report.environment import environment, usable_cores, write_json  # noqa: E402
@@ -29,16 +30,17 @@ from hf_reflora.report.environment import environment, usable_cores, write_json 
 RECORD = Path(__file__).parent / "records" / "side_by_side.json"
 PROMPT, TOKENS, REPEATS = "Write a long poem about a mirror.", 64, 5
 NAME = "adapter"
-IN_ENGINE = {"in turn": False, "mixed batch": True}
+SIDES_OF_BASES_BATCH = {"in turn": [Side.BASE], "mixed batch": [Side.BASE, Side.ADAPTER]}
 
 
 def ways(engine: Engine) -> dict:
-    ids = torch.tensor([engine.prompt(PROMPT, NAME)], device=engine.model.device)
+    """By the way's name: a function that makes both answers."""
+    ids = torch.tensor([engine.encode_prompt(PROMPT, NAME)], device=engine.model.device)
     settings = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
-    engine._ends = set()
+    engine._end_tokens = set()  # all answers have the full length
 
-    def in_engine(mixed: bool):
-        engine._mixed[NAME] = mixed
+    def in_engine(way: str):
+        engine._uses_mixed_batch[NAME] = way == "mixed batch"
         [*_, _] = engine.compare(PROMPT, NAME, Settings(max_new_tokens=TOKENS))
 
     def one_after_the_other():
@@ -46,37 +48,39 @@ def ways(engine: Engine) -> dict:
             engine.model.generate(input_ids=ids, **settings)
         engine.model.generate(input_ids=ids, **settings)
 
-    found = {name: lambda mixed=mixed: in_engine(mixed) for name, mixed in IN_ENGINE.items()}
-    return {**found, "one after the other": one_after_the_other}
+    in_engine_ways = {way: lambda way=way: in_engine(way) for way in SIDES_OF_BASES_BATCH}
+    return {**in_engine_ways, "one after the other": one_after_the_other}
 
 
 @torch.inference_mode()
 def differences(engine: Engine) -> dict[str, dict[str, float]]:
-    """How far the base side's logits are at most from the base model's: alone, and in a batch as large."""
-    pristine, found = engine.model.get_base_model(), {}
-    for name, mixed in IN_ENGINE.items():
-        ours = _Pass(engine, [False, True] if mixed else [False])
-        alone, same = DynamicCache(config=pristine.config), DynamicCache(config=pristine.config)
-        tokens, off = engine.prompt(PROMPT, NAME), {"alone": 0.0, "in a batch as large": 0.0}
+    """The largest difference between the base side's logits and the base model's: alone, and in a batch as large."""
+    base_model, by_way = engine.model.get_base_model(), {}
+    for way, sides in SIDES_OF_BASES_BATCH.items():
+        batch = _Batch(engine, sides)
+        references = {"alone": 1, "in a batch as large": len(sides)}
+        caches = {what: DynamicCache(config=base_model.config) for what in references}
+        tokens, largest = engine.encode_prompt(PROMPT, NAME), dict.fromkeys(references, 0.0)
         for _ in range(TOKENS):
-            row = ours.logits([tokens] * len(ours.sides))[0]
+            row = batch.logits([tokens] * len(sides))[0]
             with engine.model.disable_adapter():
-                for what, cache, rows in [("alone", alone, 1), ("in a batch as large", same, len(ours.sides))]:
-                    ids = torch.tensor([tokens] * rows, device=pristine.device)
-                    logits = pristine(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-                    off[what] = max(off[what], (row - logits.float().cpu()).abs().max().item())
+                for what, rows in references.items():
+                    ids = torch.tensor([tokens] * rows, device=base_model.device)
+                    output = base_model(input_ids=ids, past_key_values=caches[what], logits_to_keep=1)
+                    difference = (row - output.logits[0, -1].float().cpu()).abs().max().item()
+                    largest[what] = max(largest[what], difference)
             tokens = [int(row.argmax())]
-        found[name] = off
-    return found
+        by_way[way] = largest
+    return by_way
 
 
 def table(record: dict) -> str:
-    seconds = {name: statistics.median(found) for name, found in record["seconds"].items()}
+    seconds = {way: statistics.median(times) for way, times in record["seconds"].items()}
     lines = ["| way | seconds | ratio | base's logits off by | in a batch as large |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
-    for name, value in seconds.items():
-        off = [f"{value:.0e}" for value in record["differences"].get(name, {}).values()] or ["", ""]
-        lines.append(f"| {name} | {value:.2f} | {value / seconds['in turn']:.2f} | {off[0]} | {off[1]} |")
+    for way, median in seconds.items():
+        differences = [f"{value:.0e}" for value in record["differences"].get(way, {}).values()] or ["", ""]
+        lines.append(f"| {way} | {median:.2f} | {median / seconds['in turn']:.2f} | {' | '.join(differences)} |")
     return "\n".join(lines)
 
 
@@ -85,15 +89,15 @@ def main(adapter: str) -> None:
     torch.set_num_threads(usable_cores())
     engine = Engine(embedded_model.resolve(embedded_model.NAME), {NAME: adapter})
     [*_, _] = engine.compare(PROMPT, NAME, Settings(max_new_tokens=1))
-    record = {"tokens": TOKENS, "chosen": "mixed batch" if engine._mixed[NAME] else "in turn"}
+    record = {"tokens": TOKENS, "chosen": "mixed batch" if engine._uses_mixed_batch[NAME] else "in turn"}
     record |= {"differences": differences(engine), "seconds": {}}
     with torch.inference_mode():
         for repeat in range(REPEATS + 1):  # the first one warms up
-            for name, way in ways(engine).items():
+            for way, answer in ways(engine).items():
                 begin = time.perf_counter()
-                way()
+                answer()
                 if repeat:
-                    record["seconds"].setdefault(name, []).append(round(time.perf_counter() - begin, 3))
+                    record["seconds"].setdefault(way, []).append(round(time.perf_counter() - begin, 3))
     record["environment"] = environment(Path(__file__).parent)
     write_json(RECORD, record)
     print(table(record))
@@ -102,5 +106,7 @@ def main(adapter: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", nargs="?", default="runs/smollm2-135m-reflora", help="default: the demo's")
+    parser.add_argument(
+        "adapter", nargs="?", default="runs/smollm2-135m-reflora", help="folder of a LoRA adapter. Default: the demo's"
+    )
     main(parser.parse_args().adapter)

@@ -1,13 +1,19 @@
-"""Answers of a base model and of one of its adapters, side by side, from one model in memory.
+"""Answers a prompt with a base model and with one of its LoRA adapters, from one model in memory.
 
-Both sides appear together, in one of two ways. In turn: a token each, with the adapter disabled and with it; a side is
-computed as it would be alone, to the bit. Mixed batch: both are rows of one batch (PEFT's `adapter_names`); the base's
-row is what the base model makes of such a batch, to the bit, and differs from the base model alone by the rounding of
-a batch. The first question to an adapter measures both ways on the device at hand; a mixed batch that is clearly
-faster is taken.
+Both answers grow together, a token at a time, in one of two ways:
+
+- In turn: for each token the model runs twice, with the adapter disabled and with it enabled. Each answer is
+  bit-identical to what its model generates alone.
+- Mixed batch: for each token the model runs once, with both sides as rows of one batch (PEFT's `adapter_names`). The
+  base's row is bit-identical to a row of the base model in a batch of two, which may be rounded differently than the
+  base model alone.
+
+The first question to an adapter measures both ways on this device, and a mixed batch is used where it is clearly
+faster.
 """
 
 import dataclasses
+import enum
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -21,23 +27,38 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TopPLogitsWarper
 
 
-PIECE = 128  # tokens of a prompt that are read at once, so that Stop need not wait for a long one
-PROBE = 6  # tokens by which the two ways are compared
-CLEARLY = 0.8  # of the time in turn: a mixed batch that saves less stays unused, lest noise decide at each start
+PROMPT_CHUNK = 128  # tokens of a prompt that the model reads at once; between chunks a visitor may stop it
+MEASURED_TOKENS = 6  # generated in both ways to compare their speeds
+# Of the time in turn. A smaller gain could be noise, which would choose another way at each start.
+CLEARLY_FASTER = 0.8
 
 
 class CannotAnswer(ValueError):
-    """Something that a visitor can change; the message is for them."""
+    """A question that cannot be answered as it is. The message tells the visitor what to change."""
+
+
+class Side(enum.Enum):
+    """Who answers: the base model alone, or the base model with the adapter."""
+
+    BASE = "base"
+    ADAPTER = "adapter"
 
 
 @dataclasses.dataclass
-class Side:
-    """One answer so far: its text and tokens, the seconds spent on it, and why it ended, if it has."""
+class Answer:
+    """One side's answer so far.
+
+    Attributes:
+        text: The text of its tokens.
+        tokens: Number of tokens.
+        seconds: Time spent on it. A mixed batch counts for both sides.
+        ended: Why it has ended, "end of text" or "length"; None while it grows.
+    """
 
     text: str = ""
     tokens: int = 0
     seconds: float = 0.0
-    ended: str | None = None  # "end of text", "length"
+    ended: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +66,13 @@ class Settings:
     """How to answer.
 
     Attributes:
-        max_new_tokens: Length limit of each answer.
-        temperature: 0 takes the most likely token.
-        top_p: Tokens are drawn from the smallest set with this probability.
-        seed: Of the noise, which both sides share: they differ only where the models do.
+        max_new_tokens: Length limit of each answer, 1 to 4096.
+        temperature: 0 to 5; at 0 the most likely token is taken.
+        top_p: Tokens are drawn from the smallest set that has this probability, above 0 and up to 1.
+        seed: Seed of the noise, from 0 on. Both sides share the noise, so that they differ only where the models do.
+
+    Raises:
+        CannotAnswer: for a value out of range.
     """
 
     max_new_tokens: int = 256
@@ -57,6 +81,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
+        # Written so that NaN, which compares as False, is refused.
         if not 1 <= self.max_new_tokens <= 4096:
             raise CannotAnswer(f"The length limit must be between 1 and 4096 tokens, not {self.max_new_tokens}.")
         if not 0 <= self.temperature <= 5:
@@ -68,16 +93,16 @@ class Settings:
 
 
 class Engine:
-    """A base model with adapters by name; one visitor is answered at a time.
+    """A base model with its adapters, which answers one visitor at a time.
 
     Args:
-        base: The base model's id on the Hub or its folder.
-        adapters: Id or folder of each adapter, by the name that visitors see. They are ordinary LoRA adapters of this
-            base model, which leave its own weights as they are.
-        device: Default: the GPU, if there is one.
+        base: The base model's id on the Hub, or its folder.
+        adapters: Id or folder of each adapter, by the name that visitors see. They must be ordinary LoRA adapters of
+            this base model that leave its own weights as they are.
+        device: Default: the GPU if there is one, otherwise the CPU.
 
     Raises:
-        ValueError: no adapter, one called `__base__`, or one of another kind.
+        ValueError: if there is no adapter, one is called `__base__`, or one is of another kind.
     """
 
     def __init__(self, base: str, adapters: dict[str, str], device: str | None = None):
@@ -87,105 +112,116 @@ class Engine:
             raise ValueError("__base__ is PEFT's name for the base model: give the adapter another one.")
         configs = {name: PeftConfig.from_pretrained(source) for name, source in adapters.items()}
         for name, config in configs.items():
-            _check(name, adapters[name], config)
+            _check_adapter(name, adapters[name], config)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # CPUs are slow in 16 bits.
         dtype = "auto" if device == "cuda" else torch.float32
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        # PEFT's own names: a visitor's may have dots, or be "lora".
-        self._names = {name: f"adapter{i}" for i, name in enumerate(adapters)}
-        # PEFT loads no adapter without new tokens after one that has them.
+        # PEFT gets names of our own: it fails on names with dots and mistakes "lora" for a part of its layers' names.
+        self._peft_names = {name: f"adapter{i}" for i, name in enumerate(adapters)}
+        # PEFT cannot load an adapter without new tokens after one that has some, so those come last.
         for name in sorted(adapters, key=lambda name: configs[name].trainable_token_indices is not None):
-            source, settings = adapters[name], {"adapter_name": self._names[name]}
-            settings["torch_device"] = "cpu"  # where ZeroGPU starts, there is no GPU yet to load to
+            source, settings = adapters[name], {"adapter_name": self._peft_names[name]}
+            settings["torch_device"] = "cpu"  # PEFT would load to a GPU, which is not there yet when ZeroGPU starts
             if isinstance(model, PeftModel):
                 model.load_adapter(source, **settings)
             else:
                 model = PeftModel.from_pretrained(model, source, **settings)
         self.model = model.to(device).eval().requires_grad_(False)
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        # The layers that PEFT has put into the model, each with the hooks that belong there: see `_remove_hooks`.
         self._layers = {layer: set(layer._forward_pre_hooks) for layer in layers}
-        self._mixed: dict[str, bool] = {}  # whether an adapter answers in a mixed batch
+        self._uses_mixed_batch: dict[str, bool] = {}  # by adapter, once it is measured
         eos = self.model.generation_config.eos_token_id
-        self._ends = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
+        self._end_tokens = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self._context = context or self.tokenizer.model_max_length
+        self._context_length = context or self.tokenizer.model_max_length
+        # PEFT keeps the active adapter, and the rows of a mixed batch, in the layers themselves: two visitors at the
+        # same time would get each other's adapter.
         self._lock = threading.Lock()
 
     def compare(
         self, prompt: str, adapter: str, settings: Settings | None = None, system: str = ""
-    ) -> Iterator[tuple[Side, Side]]:
-        """Yields (base, adapted) after each token of both, until both have ended or the iterator is closed.
+    ) -> Iterator[tuple[Answer, Answer]]:
+        """Yields the base's and the adapter's answer after each token, until both have ended.
+
+        Closing the iterator stops the generation and lets the next visitor in.
 
         Raises:
-            CannotAnswer: see `prompt`.
+            CannotAnswer: see `encode_prompt`.
         """
         settings = settings or Settings()
-        ids = self.prompt(prompt, adapter, system)
-        limit = min(settings.max_new_tokens, self._context - len(ids))
+        ids = self.encode_prompt(prompt, adapter, system)
+        limit = min(settings.max_new_tokens, self._context_length - len(ids))
         with self._lock:
-            self.model.set_adapter(self._names[adapter], inference_mode=True)
-            if adapter not in self._mixed:
-                self._mixed[adapter] = yield from self._mixed_batch_is_faster()
-            noise = torch.Generator().manual_seed(settings.seed)
-            passes = [_Pass(self, [False, True])] if self._mixed[adapter] else self._in_turn()
-            while len(ids) > PIECE:
-                for each in passes:
-                    each.logits([ids[:PIECE]] * len(each.sides))
-                    yield Side(), Side()
-                ids = ids[PIECE:]
-            runs = {False: _Run(self, ids, settings, limit), True: _Run(self, ids, settings, limit)}
+            self.model.set_adapter(self._peft_names[adapter], inference_mode=True)
+            if adapter not in self._uses_mixed_batch:
+                self._uses_mixed_batch[adapter] = yield from self._mixed_batch_is_faster()
+            generator = torch.Generator().manual_seed(settings.seed)
+            batches = [_Batch(self, [Side.BASE, Side.ADAPTER])] if self._uses_mixed_batch[adapter] else self._in_turn()
+            while len(ids) > PROMPT_CHUNK:
+                for batch in batches:
+                    batch.logits([ids[:PROMPT_CHUNK]] * len(batch.sides))
+                    yield Answer(), Answer()
+                ids = ids[PROMPT_CHUNK:]
+            writers = {side: _Writer(self, ids, settings, limit) for side in Side}
             for _ in range(limit):
-                luck = self._gumbel(noise) if settings.temperature > 0 else None
-                for each in passes:
-                    each.step({side: runs[side] for side in each.sides if runs[side].side.ended is None}, luck)
-                yield tuple(dataclasses.replace(run.side) for run in runs.values())
-                if all(run.side.ended for run in runs.values()):
+                noise = self._gumbel(generator) if settings.temperature > 0 else None
+                for batch in batches:
+                    batch.step({side: writers[side] for side in batch.sides if not writers[side].answer.ended}, noise)
+                yield tuple(dataclasses.replace(writers[side].answer) for side in (Side.BASE, Side.ADAPTER))
+                if all(writer.answer.ended for writer in writers.values()):
                     return
 
-    def _in_turn(self) -> list["_Pass"]:
-        return [_Pass(self, [False]), _Pass(self, [True])]
+    def _in_turn(self) -> list["_Batch"]:
+        return [_Batch(self, [Side.BASE]), _Batch(self, [Side.ADAPTER])]
 
-    def _mixed_batch_is_faster(self) -> Generator[tuple[Side, Side], None, bool]:
-        """Whether the active adapter may answer in a mixed batch, and saves time by it on this device; yields no text.
+    def _mixed_batch_is_faster(self) -> Generator[tuple[Answer, Answer], None, bool]:
+        """Whether a mixed batch with the active adapter is right and, on this device, saves time; yields no text.
 
-        False if PEFT has no mixed batch of it (DoRA, `target_parameters`), or if the base's row is not that of the
-        base model alone in such a batch.
+        It is not right if PEFT has no mixed batch for this adapter (DoRA, `target_parameters`), or if the base's row
+        is not that of the base model in a batch of two.
         """
-        pristine, mixed, in_turn = _Pass(self, [False, False]), _Pass(self, [False, True]), self._in_turn()
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        tokens = [token % self._vocabulary for token in range(PROBE)]
-        for _ in range(PROBE):
+        two_base_rows, mixed = _Batch(self, [Side.BASE, Side.BASE]), _Batch(self, [Side.BASE, Side.ADAPTER])
+        in_turn = self._in_turn()
+        seconds_mixed, seconds_in_turn = [], []
+        tokens = [token % self._vocabulary for token in range(MEASURED_TOKENS)]
+        for _ in range(MEASURED_TOKENS):
             begin = time.perf_counter()
-            [after, _] = [each.logits([tokens])[0] for each in in_turn]
-            seconds[False].append(time.perf_counter() - begin)
+            [base_row, _] = [batch.logits([tokens])[0] for batch in in_turn]
+            seconds_in_turn.append(time.perf_counter() - begin)
             begin = time.perf_counter()
             try:
-                row, _ = mixed.logits([tokens, tokens])
-            except Exception:  # ValueError, TypeError or KeyError, by the kind of adapter
+                mixed_row, _ = mixed.logits([tokens, tokens])
+            except Exception:  # a ValueError, TypeError or KeyError, depending on the kind of adapter
                 return False
-            seconds[True].append(time.perf_counter() - begin)
-            if not torch.equal(row, pristine.logits([tokens, tokens])[0]):
+            seconds_mixed.append(time.perf_counter() - begin)
+            if not torch.equal(mixed_row, two_base_rows.logits([tokens, tokens])[0]):
                 return False
-            tokens = [int(after.argmax())]
-            yield Side(), Side()
-        return min(seconds[True]) < CLEARLY * min(seconds[False])
+            tokens = [int(base_row.argmax())]
+            yield Answer(), Answer()
+        # The shortest times, since whatever else runs on the machine only adds to them.
+        return min(seconds_mixed) < CLEARLY_FASTER * min(seconds_in_turn)
 
-    def prompt(self, prompt: str, adapter: str, system: str = "") -> list[int]:
-        """The tokens that both sides go on from.
+    def encode_prompt(self, prompt: str, adapter: str, system: str = "") -> list[int]:
+        """The tokens after which both sides continue.
+
+        A model with a chat template gets a conversation; one without gets the plain text to complete.
 
         Raises:
-            CannotAnswer: for an unknown adapter, an empty prompt, or one that does not fit.
+            CannotAnswer: for an unknown adapter, an empty prompt, one that does not fit into the model's context, or a
+                system prompt that the model does not take.
         """
-        if adapter not in self._names:
-            raise CannotAnswer(f"There is no adapter {adapter!r}; there are {', '.join(self._names)}.")
+        if adapter not in self._peft_names:
+            raise CannotAnswer(f"There is no adapter {adapter!r}; there are {', '.join(self._peft_names)}.")
         if not prompt.strip():
             raise CannotAnswer("Type a prompt first.")
-        # Half of a character that takes two, as JSON may have it, is no text.
+        # JSON may have half of a character that takes two (a surrogate), on which tokenizers fail.
         prompt, system = (text.encode("utf-8", "replace").decode() for text in (prompt, system))
         if self.tokenizer.chat_template is None:
             ids = self.tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"]
-            while ids[-1] in self._ends:  # some tokenizers put it there
+            while ids[-1] in self._end_tokens:  # some tokenizers end each text with one; here it shall go on
                 ids.pop()
         else:
             turns = [{"role": "system", "content": system}] if system else []
@@ -197,21 +233,28 @@ class Engine:
                 if not system:
                     raise
                 raise CannotAnswer("This model takes no system prompt: leave it empty.") from None
-        if len(ids) >= self._context:
+        if len(ids) >= self._context_length:
             raise CannotAnswer(
-                f"The prompt is {len(ids)} tokens long; the model takes {self._context - 1}. Shorten it."
+                f"The prompt is {len(ids)} tokens long; the model takes {self._context_length - 1}. Shorten it."
             )
         return ids
 
     def _remove_hooks(self) -> None:
-        """Those that PEFT leaves behind when a mixed batch fails; the next answer would take them for its own."""
-        for layer, before in self._layers.items():
-            for hook in set(layer._forward_pre_hooks) - before:
+        """Removes the hooks of a mixed batch that failed.
+
+        PEFT removes them only after a success (huggingface/peft issue 3475); the next answer would use them.
+        """
+        for layer, hooks_before in self._layers.items():
+            for hook in set(layer._forward_pre_hooks) - hooks_before:
                 del layer._forward_pre_hooks[hook]
                 layer._forward_pre_hooks_with_kwargs.pop(hook, None)
 
     def _gumbel(self, generator: torch.Generator) -> torch.Tensor:
-        """argmax(log p + Gumbel noise) is a draw from p; drawn on the CPU, so that it is the same on every device."""
+        """Gumbel noise (vocabulary,): argmax(log p + noise) is a draw from p.
+
+        It is drawn on the CPU, so that a seed gives the same noise on every device, and from a generator of its own,
+        so that no other visitor changes it.
+        """
         return -torch.empty(self._vocabulary).exponential_(generator=generator).log()
 
     @property
@@ -219,37 +262,44 @@ class Engine:
         return self.model.config.get_text_config().vocab_size
 
 
-class _Pass:
-    """Sides that go through the model together, with one cache: False is the base, True the adapter."""
+class _Batch:
+    """The sides that go through the model together, as rows of one batch with one cache."""
 
-    def __init__(self, engine: Engine, sides: list[bool]):
+    def __init__(self, engine: Engine, sides: list[Side]):
         self.engine, self.sides = engine, sides
         self._cache = DynamicCache(config=engine.model.config)
 
-    def step(self, runs: dict[bool, "_Run"], luck: torch.Tensor | None) -> None:
-        """The next token of each run; a side whose run is not there leaves the batch."""
-        if not runs:
+    def step(self, writers: dict[Side, "_Writer"], noise: torch.Tensor | None) -> None:
+        """Adds the next token to each side's answer. A side that is not in `writers` leaves the batch."""
+        if not writers:
             return
         begin = time.perf_counter()
-        if len(runs) < len(self.sides):
-            rows = [row for row, side in enumerate(self.sides) if side in runs]
-            self._cache.reorder_cache(torch.tensor(rows))  # batch_select_indices is not there for linear attention
-            self.sides = list(runs)
-        logits = self.logits([run.next for run in runs.values()])
-        for run, row in zip(runs.values(), logits, strict=True):
-            run.take(row, luck)
+        if len(writers) < len(self.sides):
+            rows = [row for row, side in enumerate(self.sides) if side in writers]
+            # DynamicCache.batch_select_indices would say it better, but linear attention's caches lack it.
+            self._cache.reorder_cache(torch.tensor(rows))
+            self.sides = list(writers)
+        logits = self.logits([writer.next_tokens for writer in writers.values()])
+        for writer, row in zip(writers.values(), logits, strict=True):
+            writer.add_token(row, noise)
         seconds = time.perf_counter() - begin
-        for run in runs.values():
-            run.side.seconds += seconds
+        for writer in writers.values():
+            writer.answer.seconds += seconds
 
     @torch.inference_mode()
-    def logits(self, tokens: list[list[int]]) -> torch.Tensor:
-        """Of what follows the tokens of each side, (sides, vocabulary), float32 on the CPU."""
+    def logits(
+        self,
+        tokens: list[list[int]],  # the new tokens of each side, equally many
+    ) -> torch.Tensor:  # (sides, vocabulary), float32, on the CPU
+        """The logits of what follows each side's tokens."""
         engine, mixed = self.engine, {}
         if len(set(self.sides)) > 1:
-            mixed["adapter_names"] = [engine.model.active_adapter if side else "__base__" for side in self.sides]
-        for layer in engine._layers:  # what disable_adapter() does, without its bookkeeping at each token
-            layer._disable_adapters = not any(self.sides)
+            names = {Side.BASE: "__base__", Side.ADAPTER: engine.model.active_adapter}
+            mixed["adapter_names"] = [names[side] for side in self.sides]
+        # What disable_adapter() does, which takes longer: it goes through the whole model at each token. In a mixed
+        # batch the adapter must be enabled, or PEFT ignores adapter_names.
+        for layer in engine._layers:
+            layer._disable_adapters = Side.ADAPTER not in self.sides
         ids = torch.tensor(tokens, device=engine.model.device)
         try:
             output = engine.model(input_ids=ids, past_key_values=self._cache, logits_to_keep=1, **mixed)
@@ -259,39 +309,46 @@ class _Pass:
         return output.logits[:, -1].float().cpu()
 
 
-class _Run:
-    """One side's answer as it grows."""
+class _Writer:
+    """Chooses the tokens of one side's answer."""
 
     def __init__(self, engine: Engine, ids: list[int], settings: Settings, limit: int):
         self.engine, self.settings, self.limit = engine, settings, limit
-        self.side, self.next, self._made = Side(), ids, []
+        self.answer = Answer()
+        self.next_tokens = ids  # that the model has not read yet
+        self._answer_ids: list[int] = []
 
-    def take(self, logits: torch.Tensor, luck: torch.Tensor | None) -> None:
-        token = self._choose(logits, luck)
-        if token in self.engine._ends:
-            self.side.ended = "end of text"
+    def add_token(
+        self,
+        logits: torch.Tensor,  # (vocabulary,)
+        noise: torch.Tensor | None,  # (vocabulary,); None takes the most likely token
+    ) -> None:
+        token = self._choose(logits, noise)
+        if token in self.engine._end_tokens:
+            self.answer.ended = "end of text"
             return
-        self._made.append(token)
-        self.next = [token]
-        self.side.tokens = len(self._made)
-        # The tokens of one character may come one by one.
-        self.side.text = self.engine.tokenizer.decode(self._made, skip_special_tokens=True).rstrip("\ufffd")
-        if len(self._made) == self.limit:
-            self.side.ended = "length"
+        self._answer_ids.append(token)
+        self.next_tokens = [token]
+        self.answer.tokens = len(self._answer_ids)
+        # All tokens are decoded each time, as several may make one character; U+FFFD stands for an incomplete one.
+        text = self.engine.tokenizer.decode(self._answer_ids, skip_special_tokens=True)
+        self.answer.text = text.rstrip("\ufffd")
+        if len(self._answer_ids) == self.limit:
+            self.answer.ended = "length"
 
-    def _choose(self, logits: torch.Tensor, luck: torch.Tensor | None) -> int:
-        if luck is None:
+    def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> int:
+        if noise is None:
             return int(logits.argmax())
         scores = logits[None] / self.settings.temperature
         if self.settings.top_p < 1:
             scores = TopPLogitsWarper(self.settings.top_p)(None, scores)
-        return int((scores[0].log_softmax(-1) + luck).argmax())
+        return int((scores[0].log_softmax(-1) + noise).argmax())
 
 
-def _check(name: str, source: str, config: PeftConfig) -> None:
-    """Raises ValueError for an adapter that would change the base model's side, too, or whose own would be wrong."""
+def _check_adapter(name: str, source: str, config: PeftConfig) -> None:
+    """Raises a ValueError for an adapter that would change the base model's side, or whose own side would be wrong."""
     kind = getattr(config.peft_type, "value", None)
-    if kind != "LORA":
+    if kind != "LORA":  # other methods ignore adapter_names, and the base's side would be the adapter's
         raise ValueError(f"{name}: this page shows LoRA adapters, {source} is {kind}. Export it to a LoRA.")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(
@@ -299,24 +356,24 @@ def _check(name: str, source: str, config: PeftConfig) -> None:
             f"{config.init_lora_weights!r}). Save it with path_initial_model_for_weight_conversion, as PEFT's "
             "save_pretrained says, and it is an ordinary LoRA."
         )
-    others = {"bias": config.bias != "none", "layer_replication": config.layer_replication}
-    others["alora_invocation_tokens"] = config.alora_invocation_tokens
-    for setting, there in others.items():
-        if there:
+    unsupported = {"bias": config.bias != "none", "layer_replication": config.layer_replication}
+    unsupported["alora_invocation_tokens"] = config.alora_invocation_tokens
+    for setting, is_used in unsupported.items():
+        if is_used:
             raise ValueError(f"{name}: this page can't show adapters with {setting}, and {source} has it.")
 
 
 def settings_of(**values: Any) -> Settings:
-    """Settings from a page's fields, whose numbers may be floats.
+    """Settings from the fields of a page or the variables of an environment: whole numbers may be floats or text.
 
     Raises:
         CannotAnswer: for a value that is no number or out of range.
     """
-    kinds, numbers = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}, {}
-    for name, kind in kinds.items():
+    types, numbers = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}, {}
+    for name, number_type in types.items():
         try:
-            numbers[name] = kind(values[name])
+            numbers[name] = number_type(values[name])
         except (TypeError, ValueError, OverflowError):
-            what = {int: "whole number", float: "number"}[kind]
+            what = {int: "whole number", float: "number"}[number_type]
             raise CannotAnswer(f"{name} must be a {what}, not {values[name]!r}.") from None
     return Settings(**numbers)

@@ -1,4 +1,4 @@
-"""What an adapter's run record and card say of its training, as the page shows it."""
+"""What an adapter's run record and card tell about its training, as the page shows it."""
 
 import json
 import re
@@ -11,16 +11,26 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 
-EXAMPLES = 5
+MAX_EXAMPLES = 5
 
 
 class Results:
-    """What the adapter in the folder or repository `source` says of itself; empty where it says nothing."""
+    """What is known of the adapter in the folder or Hub repository `source`.
+
+    Attributes:
+        text: A line on its training, Markdown.
+        scores: [name, before, after] of each score on held-out rows; may be empty.
+        losses: Columns step and loss; may be empty.
+        examples: Held-out prompts; may be empty.
+        system_prompt: The one it was trained with, or "".
+        card: The card of an adapter in a folder, without its front matter; "" for one on the Hub, which is linked.
+    """
 
     def __init__(self, source: str):
         try:
             self._read(_record(source), source)
-        except (AttributeError, KeyError, TypeError, ValueError):  # a file of this name by somebody else
+        except (AttributeError, KeyError, TypeError, ValueError):
+            # Anybody may have a file of this name, with anything in it: it is then no run record.
             self._read({}, source)
 
     def _read(self, record: dict[str, Any], source: str) -> None:
@@ -31,17 +41,17 @@ class Results:
         ]
         points = [(entry["step"], float(entry["loss"])) for entry in record.get("log", []) if "loss" in entry]
         self.losses = pd.DataFrame(points, columns=["step", "loss"])
-        self.examples = [example["prompt"] for example in record.get("examples", [])][:EXAMPLES]
+        self.examples = [example["prompt"] for example in record.get("examples", [])][:MAX_EXAMPLES]
         self.system_prompt = record.get("arguments", {}).get("system_prompt", "")
         rows = f" Scores on {scores['rows']} evaluation rows." if scores.get("rows") else ""
-        local = Path(source).exists()
-        where = "" if local else f" [Its card](https://huggingface.co/{source})."
+        is_local = Path(source).exists()
+        where = "" if is_local else f" [Its card](https://huggingface.co/{source})."
         self.text = f"Trained with {record['method']}.{rows}{where}" if record else f"It has no run record.{where}"
-        self.card = _card(Path(source) / "README.md") if local else ""
+        self.card = _card(Path(source) / "README.md") if is_local else ""
 
 
 def _card(path: Path) -> str:
-    """The card of a folder, which has no address to link to; its pictures are of files that are not served."""
+    """A card's text without its front matter and without its pictures, whose files the page does not serve."""
     if not path.is_file():
         return ""
     text = REGEX_YAML_BLOCK.sub("", path.read_text(encoding="utf-8", errors="replace"))
@@ -49,6 +59,7 @@ def _card(path: Path) -> str:
 
 
 def _record(source: str) -> dict[str, Any]:
+    """The run record beside an adapter, or {} if there is none."""
     path = Path(source) / "run_record.json"
     if not Path(source).exists():
         try:

@@ -46,14 +46,14 @@ def test_wrong_settings_end_the_start(app, monkeypatch, environment, message):
 
 
 def test_variables_go_before_the_front_matter(app, monkeypatch):
-    assert list(app.configured()[1]) == ["second", "first"]
+    assert list(app.configured_models()[1]) == ["second", "first"]
     monkeypatch.setenv("ADAPTERS", "org/x, mine = org/y")
-    assert app.configured()[1] == {"x": "org/x", "mine": "org/y"}
+    assert app.configured_models()[1] == {"x": "org/x", "mine": "org/y"}
     monkeypatch.setenv("BASE_MODEL", "org/base")
-    assert app.configured()[0] == "org/base"
+    assert app.configured_models()[0] == "org/base"
     monkeypatch.setenv("ADAPTERS", "a/x,b/x")
     with pytest.raises(ValueError, match="Two adapters are called x"):
-        app.configured()
+        app.configured_models()
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_without_models_the_start_says_what_to_set(app, monkeypatch, tmp_path):
     fill(tmp_path / "space", base="", adapters=[])
     monkeypatch.setattr(app, "__file__", str(tmp_path / "space" / "app.py"))
     with pytest.raises(ValueError, match="Set BASE_MODEL to the base model and ADAPTERS to its adapters"):
-        app.configured()
+        app.configured_models()

@@ -25,7 +25,7 @@ from hf_reflora import LoraSbConfig
 sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
 
 import engine as engine_module
-from engine import CannotAnswer, Engine, Settings, _Pass, settings_of
+from engine import CannotAnswer, Engine, Settings, Side, _Batch, settings_of
 
 
 NAMES = ["org/model-1.5", "lora", "."]  # awkward as names of adapters in PEFT
@@ -54,7 +54,7 @@ def three(folders):
 @pytest.fixture(scope="module", params=[False, True], ids=["in turn", "mixed batch"])
 def engine(folders, request):
     engine = three(folders)
-    engine._mixed = dict.fromkeys(NAMES, request.param)
+    engine._uses_mixed_batch = dict.fromkeys(NAMES, request.param)
     return engine
 
 
@@ -83,13 +83,13 @@ def test_each_side_is_what_its_model_says_alone(engine, folders, prompt, i):
     assert base.text != adapted.text
 
 
-@pytest.mark.parametrize("sides", [[False], [False, True]], ids=["in turn", "mixed batch"])
+@pytest.mark.parametrize("sides", [[Side.BASE], [Side.BASE, Side.ADAPTER]], ids=["in turn", "mixed batch"])
 def test_the_base_side_is_the_pristine_base_to_the_bit(engine, folders, sides):
     """Of the same batch: what a row is must not depend on the adapter of the other one."""
     pristine = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32).eval()
     pristine.requires_grad_(False)  # matmul chooses its kernel by this, too
     last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=3)))
-    ours, cache, tokens = _Pass(engine, sides), DynamicCache(), list(range(4, 40))
+    ours, cache, tokens = _Batch(engine, sides), DynamicCache(), list(range(4, 40))
     for _ in range(6):
         with torch.inference_mode():
             ids = torch.tensor([tokens] * len(sides))
@@ -120,7 +120,7 @@ def test_a_seed_gives_the_same_answers_again_and_another_one_others(engine):
 def test_sampling_is_by_the_models_probabilities(engine, folders):
     """Frequencies of the first token over seeds, against softmax at this temperature."""
     model = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
-    ids = torch.tensor([engine.prompt("Hello", NAMES[0])])
+    ids = torch.tensor([engine.encode_prompt("Hello", NAMES[0])])
     with torch.inference_mode():
         expected = (model(ids).logits[0, -1] / 0.05).softmax(-1)
     run = 4000
@@ -143,12 +143,12 @@ def test_both_sides_grow_together_and_end_for_a_reason(engine):
     assert all(side.seconds > 0 for side in steps[-1])
 
 
-def test_one_side_ends_while_the_other_goes_on(engine, monkeypatch):
+def test_one_side_end_tokens_while_the_other_goes_on(engine, monkeypatch):
     base, adapted = last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=12)))
     ids = engine.tokenizer(base.text, add_special_tokens=False)["input_ids"]
     theirs = engine.tokenizer(adapted.text, add_special_tokens=False)["input_ids"]
     end = next(token for token in ids if token not in theirs)
-    monkeypatch.setattr(engine, "_ends", {end})
+    monkeypatch.setattr(engine, "_end_tokens", {end})
     base, adapted = last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=12)))
     assert base.ended == "end of text"
     assert base.tokens < adapted.tokens == 12
@@ -187,7 +187,7 @@ def test_what_a_visitor_can_change_is_said(engine, prompt, adapter, message):
 
 def test_a_prompt_that_leaves_little_room_is_answered_as_far_as_it_goes(engine):
     prompt = "x" * 80
-    room = 128 - len(engine.prompt(prompt, "lora"))
+    room = 128 - len(engine.encode_prompt(prompt, "lora"))
     base, adapted = last(engine.compare(prompt, "lora", Settings(max_new_tokens=100)))
     assert (base.tokens, adapted.tokens) == (room, room)
 
@@ -292,13 +292,13 @@ def test_other_caches(folders, tmp_path, config, mixed):
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
     engine = Engine(str(tmp_path / "base"), {"x": str(tmp_path / "adapter")})
-    engine._mixed = {"x": mixed}
+    engine._uses_mixed_batch = {"x": mixed}
     sides = last(engine.compare("Hello", "x", Settings(max_new_tokens=24)))
     expected = [greedy(tmp_path, "Hello", tokens=24), greedy(tmp_path, "Hello", "adapter", tokens=24)]
     assert [side.text for side in sides] == expected
     base, adapted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in expected)
     end = next(token for token in base if token not in adapted)
-    engine._ends = {end}
+    engine._end_tokens = {end}
     sides = last(engine.compare("Hello", "x", Settings(max_new_tokens=24)))
     assert [side.ended for side in sides] == ["end of text", "length"]
     assert [side.text for side in sides] == [tokenizer.decode(base[: base.index(end)]).rstrip("\ufffd"), expected[1]]
@@ -325,7 +325,7 @@ def test_the_faster_way_is_measured(folders):
         hook = model.embed_tokens.register_forward_pre_hook(lambda _, inputs, s=sleep: time.sleep(s(len(inputs[0]))))
         sides = last(engine.compare("Hello", NAMES[i], Settings(max_new_tokens=12)))
         hook.remove()
-        assert engine._mixed == dict(zip(NAMES, [False, True][: i + 1], strict=False))
+        assert engine._uses_mixed_batch == dict(zip(NAMES, [False, True][: i + 1], strict=False))
         assert [side.text for side in sides] == [greedy(folders, "Hello"), greedy(folders, "Hello", f"adapter{i}")]
 
 
@@ -341,7 +341,7 @@ def test_a_base_row_that_is_not_the_bases_is_not_shown(folders):
     )
     engine.model.get_base_model().lm_head.register_forward_hook(leak)
     base, _ = last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))
-    assert engine._mixed == {"x": False}
+    assert engine._uses_mixed_batch == {"x": False}
     assert base.text == greedy(folders, "Hello")
 
 
@@ -350,7 +350,7 @@ def test_dora_has_no_mixed_batch(folders):
     engine = Engine(str(folders / "base"), {"dora": str(folders / "dora"), "lora": str(folders / "adapter0")})
     before = count_hooks(engine)
     sides = last(engine.compare("Hello", "dora", Settings(max_new_tokens=12)))
-    assert engine._mixed == {"dora": False}
+    assert engine._uses_mixed_batch == {"dora": False}
     assert count_hooks(engine) == before
     assert [side.text for side in sides] == [greedy(folders, "Hello"), greedy(folders, "Hello", "dora")]
     sides = last(engine.compare("Hello", "lora", Settings(max_new_tokens=12)))
@@ -390,13 +390,13 @@ def test_adapters_that_would_change_the_base_are_refused(folders, tmp_path, conf
 
 def test_a_long_prompt_is_read_in_pieces(engine, folders, monkeypatch):
     """So that Stop need not wait for all of it."""
-    monkeypatch.setattr(engine_module, "PIECE", 8)
+    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
     prompt = "a longer prompt, with some more words in it"
     steps = list(engine.compare(prompt, NAMES[0], Settings(max_new_tokens=12)))
     assert [side.text for side in steps[-1]] == [greedy(folders, prompt), greedy(folders, prompt, "adapter0")]
-    pieces = (len(engine.prompt(prompt, NAMES[0])) - 1) // 8
+    pieces = (len(engine.encode_prompt(prompt, NAMES[0])) - 1) // 8
     empty = [sides for sides in steps if not any(side.tokens for side in sides)]
-    assert len(empty) == pieces * (1 if engine._mixed[NAMES[0]] else 2)
+    assert len(empty) == pieces * (1 if engine._uses_mixed_batch[NAMES[0]] else 2)
     answers = engine.compare(prompt, NAMES[0])
     next(answers)
     answers.close()
@@ -409,29 +409,29 @@ def test_the_measurement_can_be_stopped(folders):
     answers = engine.compare("Hello", "x")
     assert [side.tokens for side in next(answers)] == [0, 0]
     answers.close()
-    assert engine._mixed == {}
+    assert engine._uses_mixed_batch == {}
     assert not engine._lock.locked()
     assert last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))[0].text == greedy(folders, "Hello")
 
 
 def test_half_a_character_is_no_error(engine):
-    assert engine.prompt("a\ud800b", NAMES[0], "\udfff") == engine.prompt("a?b", NAMES[0], "?")
+    assert engine.encode_prompt("a\ud800b", NAMES[0], "\udfff") == engine.encode_prompt("a?b", NAMES[0], "?")
 
 
 def test_a_template_may_refuse_a_system_prompt(engine, monkeypatch):
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     monkeypatch.setattr(engine.tokenizer, "chat_template", refuse + engine.tokenizer.chat_template)
-    assert engine.prompt("Hello", NAMES[0])
+    assert engine.encode_prompt("Hello", NAMES[0])
     with pytest.raises(CannotAnswer, match="This model takes no system prompt: leave it empty"):
-        engine.prompt("Hello", NAMES[0], "Be brief.")
+        engine.encode_prompt("Hello", NAMES[0], "Be brief.")
 
 
-def test_a_completion_goes_on_where_a_tokenizer_ends_the_text(engine, monkeypatch):
+def test_a_completion_goes_on_where_a_tokenizer_end_tokens_the_text(engine, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "chat_template", None)
-    ids = engine.prompt("Hello", NAMES[0])
+    ids = engine.encode_prompt("Hello", NAMES[0])
     monkeypatch.setattr(engine, "tokenizer", lambda text: {"input_ids": [*ids, engine.model.config.eos_token_id]})
     engine.tokenizer.chat_template = None
-    assert engine.prompt("Hello", NAMES[0]) == ids
+    assert engine.encode_prompt("Hello", NAMES[0]) == ids
 
 
 def test_a_model_without_a_longest_context(folders, tmp_path):
