@@ -48,6 +48,7 @@ LINES = [
 SNIPPETS = {name: re.findall(r"```python\n(.*?)```", PAGES[name], re.S) for name in ("README.md", "recipes/README.md")}
 # There is no Hub in the tests: a model of 2 layers and 8 short chats stand in for what the snippets take from it.
 STAND_INS = {
+    '"Qwen/Qwen3-0.6B"': '"tiny"',
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"tiny"',
     'load_dataset("trl-lib/Capybara", split="train")': 'load_dataset("json", data_files="chats.jsonl", split="train")',
 }
