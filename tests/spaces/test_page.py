@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import time
 import urllib.error
@@ -50,6 +51,13 @@ def test_the_api_answers_and_streams(client):
     assert "length" in adapted_facts
     assert changes
     assert client.predict("Hello", system="", max_new_tokens=400, api_name="/compare")[:2] == (base, adapted)
+
+
+def test_the_snippet_of_the_card_runs(space):
+    page = Path(__file__).parents[2] / "spaces" / "before_after" / "README.md"
+    [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    exec(snippet.replace("owner/space", space.url), names := {})
+    assert names["base"] != names["adapted"]
 
 
 def test_every_answer_under_load_is_the_one_alone(space, client):
