@@ -14,24 +14,26 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from hf_reflora.report.record import RunRecord
+
 
 # What makes runs comparable; anything else that differs is the method's.
 SAME = ("model", "dataset", "train_rows", "processes")
 
 
-def name(record: dict) -> str:
-    return record["method"] + (" from the SB start" if record.get("init") == "lora_sb" else "")
+def name(record: RunRecord) -> str:
+    return record.method + (" from the SB start" if record.init == "lora_sb" else "")
 
 
-def load(paths: list[Path]) -> dict[str, list[dict]]:
+def load(paths: list[Path]) -> dict[str, list[RunRecord]]:
     """Records by method, checked to be of one recipe."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    records = [RunRecord.load(path) for path in paths]
     for key in SAME:
-        found = {json.dumps(record[key]) for record in records}
-        if len(found) > 1:
-            raise SystemExit(f"These runs cannot be compared: {key} is {' and '.join(sorted(found))}.")
+        values = {json.dumps(getattr(record, key)) for record in records}
+        if len(values) > 1:
+            raise SystemExit(f"These runs cannot be compared: {key} is {' and '.join(sorted(values))}.")
     methods = defaultdict(list)
-    for record in sorted(records, key=lambda r: (name(r), r["seed"])):
+    for record in sorted(records, key=lambda r: (name(r), r.seed)):
         methods[name(record)].append(record)
     return methods
 
@@ -41,27 +43,27 @@ def shown(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def final_loss(record: dict) -> float:
+def final_loss(record: RunRecord) -> float:
     """Mean training loss over the last tenth of the logged steps."""
-    losses = [float(entry["loss"]) for entry in record["log"] if "loss" in entry]
+    losses = [loss for _, loss in record.losses]
     return statistics.mean(losses[-max(1, len(losses) // 10) :])
 
 
-def table(methods: dict[str, list[dict]]) -> str:
+def table(methods: dict[str, list[RunRecord]]) -> str:
     first = next(iter(methods.values()))[0]
-    scores = list(first["scores"]["after"])
+    scores = list(first.after)
     head = ["", "trained", "seeds", *(score.replace("_", " ") for score in scores), "final training loss"]
     rows = [head, ["---"] * len(head)]
-    rows.append(["before", "", "", *(f"{first['scores']['before'][score]:.3f}" for score in scores), ""])
+    rows.append(["before", "", "", *(f"{first.before[score]:.3f}" for score in scores), ""])
     for method, records in methods.items():
-        found = [shown([record["scores"]["after"][score] for record in records]) for score in scores]
-        seeds = ", ".join(str(record["seed"]) for record in records)
-        trained = f"{records[0]['trainable_parameters']:,}".replace(",", " ")
-        rows.append([method, trained, seeds, *found, shown([final_loss(r) for r in records])])
+        means = [shown([record.after[score] for record in records]) for score in scores]
+        seeds = ", ".join(str(record.seed) for record in records)
+        trained = f"{records[0].trainable_parameters:,}".replace(",", " ")
+        rows.append([method, trained, seeds, *means, shown([final_loss(r) for r in records])])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def plot(methods: dict[str, list[dict]], path: Path) -> None:
+def plot(methods: dict[str, list[RunRecord]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, gap = figure.subplots(1, 2)
     colors = itertools.cycle(("tab:gray", "tab:green", "tab:olive", "tab:blue", "tab:cyan", "tab:orange"))
@@ -69,7 +71,7 @@ def plot(methods: dict[str, list[dict]], path: Path) -> None:
         for i, record in enumerate(records):
             label = method if i == 0 else None
             for axes, key in ((loss, "loss"), (gap, "reflora/balance_gap")):
-                points = [(entry["step"], float(entry[key])) for entry in record["log"] if key in entry]
+                points = [(entry["step"], float(entry[key])) for entry in record.log if key in entry]
                 if points:
                     axes.plot(*zip(*points, strict=True), color=color, label=label, alpha=0.8, linewidth=1)
     loss.set(xlabel="optimizer step", ylabel="training loss", yscale="log", title="Training loss")

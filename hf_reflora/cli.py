@@ -1,7 +1,6 @@
 """The command `hf-reflora`."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -44,9 +43,11 @@ def add_card(commands) -> None:
 def card(options: argparse.Namespace) -> None:
     from .report.card import render
     from .report.plot import plot as draw
+    from .report.record import RunRecord
 
-    record = json.loads(options.record.read_text(encoding="utf-8"))
-    record |= {"base_model": options.base_model} if options.base_model else {}
+    record = RunRecord.load(options.record)
+    if options.base_model:
+        record.replace(base_model=options.base_model)
     output = options.output or options.record.with_name("README.md")
     picture = output.with_name(options.plot)
     plot = options.plot if picture.exists() or draw(record, picture) else None
@@ -97,7 +98,7 @@ def add_inspect(commands) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from .report.diagnostics import inspect_adapter
+    from .report.inspection import inspect_adapter
 
     facts = inspect_adapter(options.adapter)
     width = max(map(len, facts))

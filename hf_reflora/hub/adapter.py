@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo
 from peft import PeftConfig
@@ -16,11 +15,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 
 from ..lora_sb.config import LoraSbConfig
 from ..lora_sb.export import export_lora
-from ..report.card import LICENSES, check_front_matter, is_edited, kept, render
+from ..report.card import render
 from ..report.diagnostics import diagnostics, method_of
+from ..report.edits import is_edited
+from ..report.front_matter import LICENSES, check_front_matter, own_entries
 from ..report.ids import hub_id, is_hub_id
 from ..report.plot import plot
-from ..report.recorder import RECORD_NAME
+from ..report.record import RECORD_NAME, RunRecord
 from .repository import Repo, prepare
 from .scan import check_files
 from .upload import license_of, read_text, upload
@@ -86,7 +87,7 @@ def push_adapter(
         private=private,
         revision=revision,
         create_pr=create_pr,
-        base_model=record["base_model"],
+        base_model=record.base_model,
         other_base=other_base,
     )
     return push_prepared(folder, repo, record=record, license=license, language=language, tags=tags, message=message)
@@ -96,7 +97,7 @@ def push_prepared(
     folder: Path,
     repo: Repo,
     *,
-    record: dict[str, Any] | None = None,
+    record: RunRecord | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
     tags: Sequence[str] = (),
@@ -114,9 +115,10 @@ def push_prepared(
         if is_edited(own):
             check_front_matter(own)
         elif not kept_card:
-            said = {name: kept(own)[name] or kept(earlier or "")[name] for name in ("license", "language")}
-            if license is None and said["license"] is None and record["base_model"]:
-                inherited = license_of(repo, record["base_model"])
+            here, there = own_entries(own), own_entries(earlier or "")
+            license = license or here.license or there.license
+            if license is None and record.base_model:
+                inherited = license_of(repo, record.base_model)
                 license = inherited if inherited in LICENSES else None
             text = render(
                 record,
@@ -124,9 +126,9 @@ def push_prepared(
                 plot=PLOT_NAME if (staged / PLOT_NAME).exists() else None,
                 exported=(staged / NATIVE_FOLDER).exists(),
                 native_folder=NATIVE_FOLDER if (staged / NATIVE_FOLDER).exists() else None,
-                license=license or said["license"],
-                language=language or said["language"],
-                tags=[*kept(own)["tags"], *kept(earlier or "")["tags"], *tags],
+                license=license,
+                language=language or here.language or there.language,
+                tags=[*here.tags, *there.tags, *tags],
             )
             (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")
         files = sorted(path for path in staged.rglob("*") if path.is_file())
@@ -135,7 +137,7 @@ def push_prepared(
         return Push(commit, repo.id, [f.relative_to(staged).as_posix() for f in files], left_out, kept_card)
 
 
-def stage(folder: Path, target: Path, *, record: dict[str, Any], checkpoints: dict[str, Path]) -> list[str]:
+def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[str, Path]) -> list[str]:
     """Puts what is published of `folder` and `checkpoints` into the new folder `target`; returns what is not.
 
     Files are linked where that is possible. A LoRA-SB adapter is exported, its own form goes to `native/`; a base
@@ -174,9 +176,9 @@ def stage(folder: Path, target: Path, *, record: dict[str, Any], checkpoints: di
             path.replace(target / path.name)
     for path in target.rglob(CONFIG_NAME):
         settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.get("base_model_name_or_path") != record["base_model"]:
+        if settings.get("base_model_name_or_path") != record.base_model:
             path.unlink()  # perhaps a link to the original
-            settings["base_model_name_or_path"] = record["base_model"]
+            settings["base_model_name_or_path"] = record.base_model
             path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8", newline="\n")
     if not (target / PLOT_NAME).exists():
         plot(record, target / PLOT_NAME)
@@ -187,20 +189,22 @@ def stage(folder: Path, target: Path, *, record: dict[str, Any], checkpoints: di
     )
 
 
-def _record(folder: Path, base_model: str | None) -> dict[str, Any]:
+def _record(folder: Path, base_model: str | None) -> RunRecord:
     """The folder's run record; without one, what the adapter's configuration tells."""
     config = _config(folder)
     named = config.base_model_name_or_path or "an unknown base model"
     if (folder / RECORD_NAME).is_file():
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        record = RunRecord.load(folder / RECORD_NAME)
     else:
-        record = {"method": method_of(config), "model": named, "base_model": hub_id(named), "scores": {}, "tags": []}
-    return record | {"base_model": base_model or record.get("base_model", hub_id(record["model"]))}
+        record = RunRecord(method=method_of(config), model=named, base_model=hub_id(named))
+    if base_model is not None:
+        record.replace(base_model=base_model)
+    return record
 
 
-def _check_record(record: dict[str, Any], folder: Path, config: PeftConfig) -> None:
+def _check_record(record: RunRecord, folder: Path, config: PeftConfig) -> None:
     """The record of a run may lie beside the weights of another one, whose folder it was."""
-    said = record.get("diagnostics", {})
+    said = record.diagnostics
     found = diagnostics(config, load_peft_weights(str(folder), device="cpu")) if said else {}
     differ = [name for name in said if name.startswith(("norm", "layers")) and not _close(said[name], found.get(name))]
     if differ:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, constants, get_token
 
-from ..report.card import check_license
+from ..report.front_matter import check_license
 from ..report.ids import is_hub_id
 from .repository import prepare_space
 from .scan import check_files

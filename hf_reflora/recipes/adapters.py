@@ -9,13 +9,12 @@ from trl import ModelConfig, get_peft_config
 
 from ..lora_sb.callback import LoraSbCallback
 from ..lora_sb.config import LoraSbConfig
-from ..report.card import NATIVE
+from ..report.methods import METHODS
 from ..report.recorder import RunRecordCallback, non_default
 from ..trainers.arguments import LoraSbArguments, RefLoraArguments
 
 
 REFLORA = ("reflora", "reflora_s")
-METHODS = ("lora", *REFLORA, *NATIVE)
 INITS = ("default", "lora_sb")
 
 
@@ -37,10 +36,10 @@ class RecipeArguments:
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}.")
+            raise ValueError(f"method must be one of {tuple(METHODS)}, got {self.method!r}.")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}.")
-        if self.init == "lora_sb" and self.method in NATIVE:
+        if self.init == "lora_sb" and METHODS[self.method].native:
             raise ValueError(f"init is for lora, reflora and reflora_s; {self.method} has its own.")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}.")
@@ -57,7 +56,7 @@ def check(
         unused |= non_default(reflora_args)
     if recipe.method != "lora_sb" and recipe.init != "lora_sb":
         unused |= non_default(lorasb_args)
-    if recipe.method in NATIVE:
+    if METHODS[recipe.method].native:
         ordinary = ("lora_alpha", "use_rslora", "use_dora", "lora_target_parameters")
         unused |= {name: value for name, value in non_default(model_args).items() if name in ordinary}
     if unused:
@@ -69,7 +68,7 @@ def check(
 def peft_config(model_args: ModelConfig, recipe: RecipeArguments) -> PeftConfig:
     """TRL's LoraConfig, or a LoraSbConfig with the same settings."""
     config = get_peft_config(model_args)
-    if recipe.method not in NATIVE:
+    if not METHODS[recipe.method].native:
         return config
     return LoraSbConfig(
         r=config.r,
@@ -95,7 +94,7 @@ def make_trainer(
     Raises:
         ValueError: if LoRA-SB's initialization could not work, see `LoraSbCallback`.
     """
-    starts_with_sb = recipe.method in NATIVE or recipe.init == "lora_sb"
+    starts_with_sb = METHODS[recipe.method].native or recipe.init == "lora_sb"
     callbacks = [record, *([lora_sb] if starts_with_sb else [])]
     if recipe.method in REFLORA:
         trainer = reflora(reflora=reflora_args.callback(recipe.method), callbacks=callbacks, **arguments)

@@ -117,7 +117,7 @@ def run(
     after = evaluate("after")
     if late:
         trainer.run_record.update(scores={"before": evaluate("before")})
-    earlier = sum(run.get("seconds", 0) for run in trainer.run_record.record["runs"][:-1])  # of a resumed run
+    earlier = sum(run.get("seconds", 0) for run in trainer.run_record.record.runs[:-1])  # of a resumed run
     trainer.run_record.update(
         scores={"after": after} | ({"rows": len(test_rows), "split": split} if test_rows is not None else {}),
         examples=examples(),
@@ -127,9 +127,9 @@ def run(
     )
     trainer.save_model(_internal_call=True)  # without a push, which comes below with everything
     if trainer.is_world_process_zero():
-        saved = trainer.run_record.record
-        summary.show(saved)
-        print(f"Trained in {saved['seconds']['train']:.0f} s, {saved['seconds']['total']:.0f} s in all.")
+        record = trainer.run_record.record
+        summary.show(record)
+        print(f"Trained in {record.seconds['train']:.0f} s, {record.seconds['total']:.0f} s in all.")
         print(f"Adapter, model card, run record and plot: {trainer.args.output_dir}")
     if trainer.args.push_to_hub:
         commit = trainer.push_to_hub()

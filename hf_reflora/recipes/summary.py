@@ -1,32 +1,32 @@
 """What a run shows at its end: a table before/after, and examples side by side."""
 
 import textwrap
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..report.record import RunRecord
 
-def show(record: dict[str, Any], console: Console | None = None) -> None:
+
+def show(record: RunRecord, console: Console | None = None) -> None:
     """Prints the scores before and after and the examples, as far as the run has any."""
     console = console or Console()
-    scores = record["scores"]
-    if not scores["before"]:
+    if not record.before:
         return
-    table = Table(title=f"{record['method']}, {scores['rows']} held-out rows")
+    table = Table(title=f"{record.method}, {record.evaluation_rows} held-out rows")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
-    for name, before in scores["before"].items():
-        after = scores["after"][name]
+    for name, before in record.before.items():
+        after = record.after[name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     console.print(table)
-    if not record["examples"]:
+    if not record.examples:
         return
     table = Table(title="The first held-out rows", show_lines=True)
     for column in ("request", "before", "after", "reference"):
         table.add_column(column, ratio=1, overflow="fold")
-    for example in record["examples"]:
+    for example in record.examples:
         right = example["after"] == example["reference"]
         table.add_row(
             Text(_shortened(example["prompt"])),

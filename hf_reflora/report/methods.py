@@ -1,6 +1,9 @@
-"""The papers, as TRL's trainers and the card name them."""
+"""The methods as records name them and cards describe them, and their papers as TRL's trainers and cards cite them."""
 
-REFLORA = {
+from dataclasses import dataclass, field
+
+
+REFLORA_PAPER = {
     "title": "RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models",
     "id": "2505.18877",
     # docstyle-ignore
@@ -14,7 +17,7 @@ REFLORA = {
 }""",
 }
 
-LORA_SB = {
+LORA_SB_PAPER = {
     "title": "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank "
     "Fine-Tuning",
     "id": "2411.19557",
@@ -29,3 +32,69 @@ LORA_SB = {
     eprint       = {2411.19557},
 }""",
 }
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a card says of a method."""
+
+    name: str
+    tags: list[str]  # of the card
+    sentence: str  # what kind of adapter it is
+    text: str  # what the method does
+    papers: list[dict[str, str]] = field(default_factory=list)
+    native: bool = False  # its adapters are of LoraSbConfig's type, which PEFT loads only with hf_reflora, or exported
+
+
+METHODS = {
+    "lora": Method(
+        name="LoRA",
+        tags=["lora"],
+        sentence="This is a LoRA adapter.",
+        text="LoRA trains B and A in W = W0 + s B A.",
+    ),
+    "reflora": Method(
+        name="RefLoRA",
+        tags=["lora", "reflora"],
+        papers=[REFLORA_PAPER],
+        sentence="This is a LoRA adapter trained with RefLoRA.",
+        text="At every step RefLoRA takes the factorization of the update B A whose next step lowers the loss bound "
+        "most. With P = A Aᵀ and Q = BᵀB it is given by the matrix geometric mean S = P⁻¹ # Q, and the gradients "
+        "become ∇A ← S⁻¹ ∇A, ∇B ← ∇B S before the optimizer's step. The result is an ordinary LoRA.",
+    ),
+    "reflora_s": Method(
+        name="RefLoRA-S",
+        tags=["lora", "reflora"],
+        papers=[REFLORA_PAPER],
+        sentence="This is a LoRA adapter trained with RefLoRA-S.",
+        text="RefLoRA-S keeps the factors of the update B A of one size: S = s I with s = ‖B‖/‖A‖, RefLoRA's scalar "
+        "case. The result is an ordinary LoRA.",
+    ),
+    "lora_sb": Method(
+        name="LoRA-SB",
+        tags=["lora-sb"],
+        papers=[LORA_SB_PAPER],
+        sentence="This is a LoRA-SB adapter.",
+        text="LoRA-SB trains R, r × r, in W = W0 + s B R A. B, R and A start as the best approximation of rank r of "
+        "the first step of full fine-tuning, ΔW = −η sign(Σ∇), and B and A stay as they are.",
+        native=True,
+    ),
+    "lora_xs": Method(
+        name="LoRA-XS",
+        tags=["lora-sb", "lora-xs"],
+        sentence="This is a LoRA-XS adapter.",
+        text="LoRA-XS trains R, r × r, in W = W0 + s B R A, with B and A from the leading singular vectors of W0.",
+        native=True,
+    ),
+}
+
+
+def method_named(name: str) -> Method:
+    """The method of a record.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}; a record's method is one of {', '.join(METHODS)}.")
+    return METHODS[name]

@@ -1,39 +1,52 @@
-"""The plot of a run: training loss by step, and the scores before and after."""
+"""The plot of a run: the training loss by step, and the scores before and after."""
 
 import os
 import re
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .record import RunRecord
 
-def plot(record: dict[str, Any], path: str | os.PathLike) -> bool:
-    """Draws a run record as a PNG, whole or not at all; returns whether there was anything to draw."""
-    points = [(entry["step"], float(entry["loss"])) for entry in record.get("log", []) if "loss" in entry]
-    scores = record["scores"]
-    before, after = scores.get("before", {}), scores.get("after", {})
-    names = [name for name in before if name in after]
-    if not points:
+
+def plot(record: RunRecord, path: str | os.PathLike) -> bool:
+    """Draws a run as a PNG and returns whether there was anything to draw.
+
+    A drawing that fails leaves an older file as it was.
+    """
+    if not record.losses:
         return False
-    figure = Figure(figsize=(10 if names else 6, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if names else 1, squeeze=False)
-    loss = axes[0][0]
-    loss.plot(*zip(*points, strict=True), marker=".", color="tab:blue")
-    model = record.get("base_model") or re.split(r"[/\\]", record["model"])[-1]  # a path of Windows, too
-    loss.set(xlabel="optimizer step", ylabel="training loss", title=f"{record['method']} on {model}")
-    loss.set_ylim(bottom=0)
-    loss.grid(alpha=0.3)
-    if names:
-        bars = axes[0][1]
-        for offset, when, values, color in ((-0.2, "before", before, "tab:gray"), (0.2, "after", after, "tab:blue")):
-            places = [i + offset for i in range(len(names))]
-            drawn = bars.bar(places, [values[name] for name in names], 0.4, label=when, color=color)
-            bars.bar_label(drawn, fmt="%.2f", fontsize=8)
-        bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-        bars.set_title(f"{scores['rows']} evaluation rows" if scores.get("rows") else "before and after training")
-        bars.set_ylim(top=max(1.0, *(found[name] for found in (before, after) for name in names)) * 1.1)
-        bars.legend()
+    scores = bool(record.compared_scores)
+    figure = Figure(figsize=(10 if scores else 6, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    _draw_loss(axes[0], record)
+    if scores:
+        _draw_scores(axes[1], record)
     unfinished = f"{os.fspath(path)}.tmp"
+    # Without matplotlib's version in the file the same run gives the same bytes, and the Hub sees no change.
     figure.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
     os.replace(unfinished, path)
     return True
+
+
+def _draw_loss(axes: Axes, record: RunRecord) -> None:
+    axes.plot(*zip(*record.losses, strict=True), marker=".", color="tab:blue")
+    model = record.base_model or re.split(r"[/\\]", record.model)[-1]  # a path of Windows, too
+    axes.set(xlabel="optimizer step", ylabel="training loss", title=f"{record.method} on {model}")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+
+
+def _draw_scores(axes: Axes, record: RunRecord) -> None:
+    names = record.compared_scores
+    sides = ((-0.2, "before", record.before, "tab:gray"), (0.2, "after", record.after, "tab:blue"))
+    for offset, when, values, color in sides:
+        places = [i + offset for i in range(len(names))]
+        bars = axes.bar(places, [values[name] for name in names], 0.4, label=when, color=color)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    rows = record.evaluation_rows
+    axes.set_title(f"{rows} evaluation rows" if rows else "before and after training")
+    highest = max(values[name] for _, _, values, _ in sides for name in names)
+    axes.set_ylim(top=max(1.0, highest) * 1.1)
+    axes.legend()

@@ -18,8 +18,10 @@ from ..distributed.parameters import without_checkpoint_wrappers
 from ..hub.adapter import CARD_NAME, NEVER, PLOT_NAME, Push, link, push_prepared
 from ..hub.repository import Repo, prepare
 from ..hub.retry import PushError
-from ..report.card import check_license, is_edited, render
+from ..report.card import render
+from ..report.edits import is_edited
 from ..report.environment import write_text
+from ..report.front_matter import check_license
 from ..report.ids import hub_id
 from ..report.plot import plot
 from ..report.recorder import RunRecordCallback, dataset_facts
@@ -117,7 +119,7 @@ class PublishingMixin:
         tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in self._tag_names]
         if model_name == Path(self.args.hub_model_id or self.args.output_dir).name:
             model_name = None  # TRL names the folder at every checkpoint
-        card = self.run_record.record.get("card", {})
+        card = self.run_record.record.card
         wishes = {"title": model_name, "license": license, "language": language}
         wishes["tags"] = list(dict.fromkeys([*card.get("tags", []), *tags]))
         self.run_record.update(card={name: value for name, value in wishes.items() if value})

@@ -5,7 +5,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from ..lora_sb.callback import LoraSbCallback
 from ..reflora.callback import RefLoraCallback
-from ..report import methods as papers
+from ..report.methods import LORA_SB_PAPER, REFLORA_PAPER
 from .checkpoints import WholeCheckpointsMixin
 from .publishing import PublishingMixin
 
@@ -76,7 +76,7 @@ class RefLoraSFTTrainer(_RefLoraMixin, SFTTrainer):
 
     _tag_names = ["trl", "sft", "reflora"]
     _name = "SFT (RefLoRA)"
-    _paper = papers.REFLORA
+    _paper = REFLORA_PAPER
 
 
 class RefLoraDPOTrainer(_RefLoraMixin, DPOTrainer):
@@ -92,7 +92,7 @@ class RefLoraDPOTrainer(_RefLoraMixin, DPOTrainer):
 
     _tag_names = ["trl", "dpo", "reflora"]
     _name = "DPO (RefLoRA)"
-    _paper = papers.REFLORA
+    _paper = REFLORA_PAPER
 
 
 class LoraSbSFTTrainer(WholeCheckpointsMixin, PublishingMixin, SFTTrainer):
@@ -115,7 +115,7 @@ class LoraSbSFTTrainer(WholeCheckpointsMixin, PublishingMixin, SFTTrainer):
 
     _tag_names = ["trl", "sft", "lora-sb"]
     _name = "SFT (LoRA-SB)"
-    _paper = papers.LORA_SB
+    _paper = LORA_SB_PAPER
 
     def __init__(self, *args, lora_sb: LoraSbCallback | None = None, callbacks: list | None = None, **kwargs):
         if any(isinstance(c, LoraSbCallback) or c is LoraSbCallback for c in callbacks or []):

@@ -17,12 +17,15 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer
 from hf_reflora.hub.adapter import _config, _record, push_adapter, stage
-from hf_reflora.report.card import is_edited, kept, render
+from hf_reflora.report.card import render
+from hf_reflora.report.edits import is_edited
+from hf_reflora.report.front_matter import OwnEntries, own_entries
+from hf_reflora.report.record import RunRecord
 
 
 LAYERS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 KINDS = {"lora": (RefLoraSFTTrainer, LoraConfig), "lora_sb": (LoraSbSFTTrainer, LoraSbConfig)}
-RECORD = {"method": "reflora", "model": "org/base", "base_model": "org/base", "scores": {}}
+RECORD = {"method": "reflora", "model": "org/base"}
 JUNK = {
     *(".env", ".gitattributes", ".gitignore", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
     *("trainer_state.json", "training_args.json", "all_results.json", "_private.json", "script.py", "data.jsonl"),
@@ -251,23 +254,23 @@ def test_a_pushed_checkpoint_can_be_resumed(trained, tmp_path, kind):
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "last-checkpoint"))
     tiny.assert_same(tiny.trainable(resumed.model), tiny.trainable(trained[kind][0].model))
-    assert len(resumed.run_record.record["runs"]) == 2
+    assert len(resumed.run_record.record.runs) == 2
 
 
 # The record
 
 
 def test_the_record_is_read_and_the_base_may_be_given(folder):
-    assert _record(folder, None)["base_model"] is None
-    assert _record(folder, "org/base") == {**_record(folder, None), "base_model": "org/base"}
-    assert _record(folder, None)["method"] == "reflora"
+    assert _record(folder, None).base_model is None
+    assert _record(folder, "org/base").to_dict() == {**_record(folder, None).to_dict(), "base_model": "org/base"}
+    assert _record(folder, None).method == "reflora"
 
 
 def test_an_older_record_tells_the_base_by_its_name(folder):
     record = json.loads((folder / "run_record.json").read_text())
     del record["base_model"]
     (folder / "run_record.json").write_text(json.dumps({**record, "model": "org/base"}))
-    assert _record(folder, None)["base_model"] == "org/base"
+    assert _record(folder, None).base_model == "org/base"
 
 
 @pytest.mark.parametrize(("kind", "method"), [("lora", "lora"), ("lora_sb", "lora_sb")])
@@ -278,8 +281,8 @@ def test_without_a_record_the_configuration_tells(trained, tmp_path, kind, metho
     settings = {**json.loads((folder / "adapter_config.json").read_text()), "base_model_name_or_path": name}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     record = _record(folder, None)
-    assert (record["method"], record["base_model"]) == (method, base_model)
-    assert record["model"] == (name or "an unknown base model")
+    assert (record.method, record.base_model) == (method, base_model)
+    assert record.model == (name or "an unknown base model")
     files, _ = staged(folder, tmp_path / "out")
     assert not {"run_record.json", "README.md"} & files
     text = render(record)
@@ -357,7 +360,7 @@ def test_a_base_that_is_no_id_is_refused(folder, name):
 def fresh(**changes):
     scores = {"rows": 3, "before": {"exact": 0.0}, "after": {"exact": 0.5}}
     record = {**RECORD, "scores": scores, "arguments": {"learning_rate": 0.1}, **changes}
-    return render(record, license="mit", language=["en", "de"], tags=["mine"])
+    return render(RunRecord.from_dict(record), license="mit", language=["en", "de"], tags=["mine"])
 
 
 def front_matter(card) -> dict:
@@ -370,14 +373,14 @@ def with_front_matter(card, **changes) -> str:
     return f"---\n{yaml.safe_dump(data)}---\n{card.split('---' + chr(10), 2)[2]}"
 
 
-@pytest.mark.parametrize("card", [fresh(), render({"method": "lora", "model": "x", "scores": {}})])
+@pytest.mark.parametrize("card", [fresh(), render(RunRecord(method="lora", model="x"))])
 def test_a_rendered_card_is_not_edited(card):
     assert not is_edited(card)
 
 
-def test_kept_is_what_no_record_knows():
-    assert kept(fresh()) == {"license": "mit", "language": ["en", "de"], "tags": ["mine"]}
-    assert kept("") == kept("# A title\n\ntext") == {"license": None, "language": None, "tags": []}
+def test_own_entries_are_what_no_record_knows():
+    assert own_entries(fresh()) == OwnEntries("mit", ["en", "de"], ["mine"])
+    assert own_entries("") == own_entries("# A title\n\ntext") == OwnEntries()
     every = [
         *(
             "base_model:adapter:org/base",
@@ -392,16 +395,17 @@ def test_kept_is_what_no_record_knows():
         ),
         "generated_from_trainer",
     ]
-    assert kept(with_front_matter(fresh(), tags=[*every, "a", 3, "b"]))["tags"] == ["a", "b"]
-    assert kept(with_front_matter(fresh(), tags="lora"))["tags"] == []
-    assert kept(with_front_matter(fresh(), license="license"))["license"] is None
-    assert kept("---\njust text\n---\n")["tags"] == []
+    assert own_entries(with_front_matter(fresh(), tags=[*every, "a", 3, "b"])).tags == ["a", "b"]
+    assert own_entries(with_front_matter(fresh(), tags="lora")).tags == []
+    assert own_entries(with_front_matter(fresh(), license="license")).license is None
+    assert own_entries("---\njust text\n---\n").tags == []
 
 
 def test_what_is_kept_gives_the_same_card_again():
     card = fresh()
     scores = {"rows": 3, "before": {"exact": 0.0}, "after": {"exact": 0.5}}
-    assert render({**RECORD, "scores": scores, "arguments": {"learning_rate": 0.1}}, **kept(card)) == card
+    record = RunRecord.from_dict({**RECORD, "scores": scores, "arguments": {"learning_rate": 0.1}})
+    assert render(record, **vars(own_entries(card))) == card
 
 
 @pytest.mark.parametrize(
@@ -460,20 +464,20 @@ def test_space_at_the_end_is_no_edit(space):
 def test_nothing_but_front_matter_is_no_card(card):
     """As the Hub makes it for a new repository with a license."""
     assert not is_edited(card)
-    assert kept(card)["license"] == ("mit" if "mit" in card else None)
+    assert own_entries(card).license == ("mit" if "mit" in card else None)
 
 
 def test_front_matter_without_a_last_line_break():
     card = "---\nlicense: mit\n---"
     assert not is_edited(card)
-    assert kept(card)["license"] == "mit"
+    assert own_entries(card).license == "mit"
 
 
 @pytest.mark.parametrize("yaml_text", ["x: [", "license: mit\nlicense mit", "\t- a"])
 def test_front_matter_that_cannot_be_read_raises(yaml_text):
     card = f"---\n{yaml_text}\n---\n{fresh().split('---' + chr(10), 2)[2]}"
     with pytest.raises(ValueError, match="The card has no front matter that can be read"):
-        kept(card)
+        own_entries(card)
     assert is_edited(card)
     assert is_edited(f"---\n{yaml_text}\n---\n# My adapter\n")
 
@@ -493,8 +497,8 @@ def test_peft_rewrites_a_card_and_it_stays_not_edited(tmp_path, saves):
     assert "- PEFT " in card
     assert front_matter(card)["base_model"] == "/data/base"
     assert not is_edited(card)
-    assert kept(card)["license"] == "mit"
-    assert kept(card)["language"] == ["en", "de"]
+    assert own_entries(card).license == "mit"
+    assert own_entries(card).language == ["en", "de"]
     assert is_edited(card + "\nmine")
     assert is_edited(card.replace("## Limits", "## Limit"))
 
@@ -538,10 +542,10 @@ def test_the_template_of_the_client_is_nobodys_text(tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "[More Information Needed]" in card
     assert not is_edited(card)
-    assert kept(card)["tags"] == []
+    assert own_entries(card).tags == []
     own = ModelCard.from_template(ModelCardData(license="mit", language="en", tags=["mine"]))
     assert not is_edited(str(own))
-    assert kept(str(own)) == {"license": "mit", "language": "en", "tags": ["mine"]}
+    assert own_entries(str(own)) == OwnEntries("mit", "en", ["mine"])
 
 
 def test_a_template_that_somebody_has_begun_to_fill_is_edited():
@@ -564,7 +568,7 @@ def test_the_cards_of_trl_and_transformers_are_nobodys_text(tmp_path):
         "without PEFT": TrainingSummary("x", license="mit", tags=["generated_from_trainer", "mine"]).to_model_card(),
     }
     assert not any(map(is_edited, cards.values()))
-    assert {name: (kept(card)["license"], kept(card)["tags"]) for name, card in cards.items()} == {
+    assert {name: (own_entries(card).license, own_entries(card).tags) for name, card in cards.items()} == {
         "trl": (None, ["mine"]),
         "plain": ("mit", []),  # PEFT has taken the tag away
         "without PEFT": ("mit", ["mine"]),

@@ -15,6 +15,7 @@ from hf_reflora.recipes import embedded_model, sft
 from hf_reflora.recipes.adapters import check, peft_config
 from hf_reflora.report.card import render
 from hf_reflora.report.ids import hub_id
+from hf_reflora.report.record import RunRecord
 
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +185,7 @@ def test_script_end_to_end(tiny_model, tmp_path):
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter_model.safetensors").exists()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert card == render(record, plot="training.png")
+    assert card == render(RunRecord.from_dict(record), plot="training.png")
     assert "base_model" not in card.split("---")[1]  # a local folder
     assert "before" in output
     assert "after" in output

@@ -11,20 +11,24 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_reflora.cli import main
-from hf_reflora.report.card import LICENSES, MARK, METHODS, check_front_matter, render
+from hf_reflora.report.card import render
+from hf_reflora.report.edits import MARK
+from hf_reflora.report.front_matter import LICENSES, check_front_matter
 from hf_reflora.report.ids import is_hub_id
+from hf_reflora.report.methods import METHODS
+from hf_reflora.report.record import RunRecord
 
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted((ROOT / "benchmarks/records/smollm2-135m").glob("*.json"))
 RECORD = json.loads((ROOT / "benchmarks/records/smollm2-135m/reflora-seed0.json").read_text(encoding="utf-8"))
-LEAST = {"method": "lora", "model": "org/base", "scores": {}}
+LEAST = RunRecord(method="lora", model="org/base", base_model="org/base")
 
 
 def record(**changes):
     """The demo's record, as if its model and data were on the Hub."""
     known = {key: value for key, value in RECORD.items() if key not in ("base_model", "dataset_id", "tags")}
-    return {**copy.deepcopy(known), "model": "org/base", "dataset": "org/data", **changes}
+    return RunRecord.from_dict({**copy.deepcopy(known), "model": "org/base", "dataset": "org/data", **changes})
 
 
 def front_matter(card):
@@ -34,7 +38,7 @@ def front_matter(card):
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_shipped_cards_are_what_the_code_renders(path):
     name = f"smollm2-135m-{path.stem.removesuffix('-seed0')}"
-    card = render(json.loads(path.read_text(encoding="utf-8")), plot=f"{name}.png")
+    card = render(RunRecord.load(path), plot=f"{name}.png")
     assert (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8") == card
     assert (ROOT / "model_cards" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -206,7 +210,7 @@ def test_library_must_be_named():
 
 
 def test_unknown_license_raises_before_anything_is_written(tmp_path, capsys):
-    (tmp_path / "run_record.json").write_text(json.dumps(record()), encoding="utf-8")
+    (tmp_path / "run_record.json").write_text(json.dumps(record().to_dict()), encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         main(["card", str(tmp_path / "run_record.json"), "--license", "apache"])
     assert stopped.value.code == 1
@@ -215,7 +219,7 @@ def test_unknown_license_raises_before_anything_is_written(tmp_path, capsys):
 
 
 def test_command_writes_the_card_beside_the_record(tmp_path):
-    (tmp_path / "run_record.json").write_text(json.dumps(record()), encoding="utf-8")
+    (tmp_path / "run_record.json").write_text(json.dumps(record().to_dict()), encoding="utf-8")
     main(["card", str(tmp_path / "run_record.json"), "--license", "mit", "--repo-id", "me/adapter", "--tags", "x"])
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card == render(record(), repo_id="me/adapter", license="mit", plot="training.png", tags=["x"])

@@ -9,7 +9,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 
 from hf_reflora import LoraSbConfig
 from hf_reflora.cli import main
-from hf_reflora.report.diagnostics import inspect_adapter
+from hf_reflora.report.inspection import inspect_adapter
 
 
 def saved(config, folder, seed=0):
@@ -54,7 +54,7 @@ def test_lora_sb(tmp_path, init):
 
 def test_the_run_record_tells_the_method(tmp_path):
     saved(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
-    record = {"method": "reflora", "init": "lora_sb", "environment": {"commit": "abc"}}
+    record = {"method": "reflora", "model": "org/base", "init": "lora_sb", "environment": {"commit": "abc"}}
     (tmp_path / "run_record.json").write_text(json.dumps(record), encoding="utf-8")
     facts = inspect_adapter(tmp_path)
     assert (facts["method"], facts["start"], facts["trained at commit"]) == ("reflora", "LoRA-SB", "abc")

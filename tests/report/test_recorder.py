@@ -29,10 +29,12 @@ from hf_reflora import (
     RefLoraTrainer,
 )
 from hf_reflora.report import environment as environment_module
-from hf_reflora.report.card import is_edited, render
+from hf_reflora.report.card import render
 from hf_reflora.report.diagnostics import diagnostics
+from hf_reflora.report.edits import is_edited
 from hf_reflora.report.environment import write_json
-from hf_reflora.report.recorder import GIVEN, RECORD_NAME, RunRecordCallback, dataset_facts, non_default
+from hf_reflora.report.record import RECORD_NAME, RunRecord
+from hf_reflora.report.recorder import FACTS, RunRecordCallback, dataset_facts, non_default
 
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -190,7 +192,7 @@ def test_the_written_settings_make_the_config_again(tmp_path, config):
     model = fresh(config=config, **changes)
     kind = "SFTTrainer" if config is LoraConfig else "LoraSbSFTTrainer"
     trainer = make(tmp_path, kind, model=model)
-    written = json.loads(json.dumps(callback_of(trainer).record["peft"]))
+    written = json.loads(json.dumps(callback_of(trainer).record.peft))
     assert changes.items() <= written.items()
     assert "base_model_name_or_path" not in written  # it is the record's "model", and perhaps a path
     written["base_model_name_or_path"] = model.active_peft_config.base_model_name_or_path
@@ -200,7 +202,7 @@ def test_the_written_settings_make_the_config_again(tmp_path, config):
 
 def test_lora_sb_initialized_from_w0_is_lora_xs(tmp_path):
     trainer = make(tmp_path, "LoraSbSFTTrainer", model=fresh(config=LoraSbConfig, init_weights="lora_xs"))
-    assert trainer.run_record.record["method"] == "lora_xs"
+    assert trainer.run_record.record.method == "lora_xs"
 
 
 @pytest.mark.parametrize(
@@ -224,16 +226,16 @@ def test_method_and_start_of_an_ordinary_lora(tmp_path, kind, more, expected):
 def test_without_a_given_method_the_adapter_tells_it(tmp_path):
     for kind, config, method in (("Trainer", LoraConfig, "lora"), ("SFTTrainer", LoraConfig, "lora")):
         trainer = make(tmp_path, kind, model=fresh(config=config), facts={})
-        assert callback_of(trainer).record["method"] == method
+        assert callback_of(trainer).record.method == method
     own = RunRecordCallback(method="reflora")
     model = fresh(config=LoraSbConfig)
     Trainer(model=model, args=TrainingArguments(**tiny.arguments(tmp_path)), callbacks=[own])
-    assert own.record["method"] == "lora_sb"  # what the adapter is wins
+    assert own.record.method == "lora_sb"  # what the adapter is wins
 
 
 def test_a_run_of_transformers_own_trainer_is_not_tagged_as_trl(tmp_path):
     make(tmp_path, "Trainer").train()
-    assert "- trl\n" not in render(read(tmp_path))
+    assert "- trl\n" not in render(RunRecord.from_dict(read(tmp_path)))
 
 
 def test_the_callback_may_be_a_class(tmp_path):
@@ -266,14 +268,14 @@ def test_a_local_folder_is_no_base_model(tmp_path, monkeypatch, kind):
         config = LoraConfig(r=4, **LAYERS)
         trainer = make(tmp_path / "run", kind, model=name, more={"peft_config": config})
         record = callback_of(trainer).record
-        assert (record["model"], record["base_model"]) == (name, None)
+        assert (record.model, record.base_model) == (name, None)
 
 
 def test_given_facts_win(tmp_path):
     facts = {"method": "reflora_s", "init": "mine", "tags": ["x"], "model": "it", "base_model": "a/b"}
     facts |= {"base_revision": "c", "arguments": {"lr": 1}, "environment": {"cpu": "abacus"}, "train_rows": 3}
     facts |= {f"dataset{name}": name for name in ("", "_id", "_revision", "_config", "_split", "_fingerprint")}
-    assert set(facts) == set(GIVEN)
+    assert set(facts) == set(FACTS)
     for kind in ("RefLoraSFTTrainer", "SFTTrainer"):
         make(tmp_path / kind, kind, facts=facts).train()
         record = read(tmp_path / kind)
@@ -309,8 +311,8 @@ def test_a_callback_added_later(tmp_path):
     trainer.train()
     trainer.evaluate()
     record = callback_of(trainer).record
-    assert (record["method"], record["base_model"], record["step"]) == ("lora", "org/base", 4)
-    assert record["scores"]["after"].keys() == {"loss"}
+    assert (record.method, record.base_model, record.step) == ("lora", "org/base", 4)
+    assert record.after.keys() == {"loss"}
 
 
 def test_a_callback_added_later_bears_an_evaluation_first(tmp_path):
@@ -318,7 +320,7 @@ def test_a_callback_added_later_bears_an_evaluation_first(tmp_path):
     trainer = Trainer(model=fresh(), args=TrainingArguments(**tiny.arguments(tmp_path)), eval_dataset=data)
     trainer.add_callback(RunRecordCallback())
     found = trainer.evaluate()
-    assert callback_of(trainer).record["scores"]["before"]["loss"] == found["eval_loss"]
+    assert callback_of(trainer).record.scores["before"]["loss"] == found["eval_loss"]
 
 
 # The data
@@ -368,9 +370,9 @@ def test_the_commit_of_the_base_is_the_one_in_the_cache(tmp_path, cached, revisi
     changes = {"model_init_kwargs": {"revision": revision}} if by == "trainer" else {}
     trainer = make(tmp_path / "run", "SFTTrainer", model=model, **changes)
     expected = {None: cached, "v1": cached[::-1], "v2": None}[revision]
-    assert callback_of(trainer).record["base_revision"] == expected
+    assert callback_of(trainer).record.base_revision == expected
     trainer = make(tmp_path / "run", "SFTTrainer", model=fresh("org/other"))
-    assert callback_of(trainer).record["base_revision"] is None
+    assert callback_of(trainer).record.base_revision is None
 
 
 @pytest.mark.parametrize("data", [None, [1, 2], {"train": tiny.token_dataset()}], ids=["None", "list", "dict"])
@@ -416,13 +418,13 @@ def test_evaluations_are_before_only_while_the_adapter_does_nothing(tmp_path, ki
     trainer = make(tmp_path, kind)
     first = trainer.evaluate()
     record = callback_of(trainer).record
-    assert record["scores"] == {"before": record["scores"]["before"], "after": {}, "rows": 4}
+    assert record.scores == {"before": record.before, "after": {}, "rows": 4}
     with trainer.model.disable_adapter():
         plain = trainer.evaluate()
     assert first["eval_loss"] == pytest.approx(plain["eval_loss"])
     trainer.train()
     last = trainer.evaluate()
-    scores = callback_of(trainer).record["scores"]
+    scores = callback_of(trainer).record.scores
     assert scores["before"]["loss"] == plain["eval_loss"]
     assert scores["after"]["loss"] == last["eval_loss"]
 
@@ -436,7 +438,7 @@ def test_an_adapter_that_acts_already_has_no_before(tmp_path, config):
                 parameter.fill_(0.1)
     trainer = make(tmp_path, "SFTTrainer" if config is LoraConfig else "LoraSbSFTTrainer", model=model)
     found = trainer.evaluate()
-    scores = callback_of(trainer).record["scores"]
+    scores = callback_of(trainer).record.scores
     assert scores["before"] == {}
     assert scores["after"]["loss"] == found["eval_loss"]
 
@@ -450,7 +452,7 @@ def test_an_adapter_of_an_embedding_acts_by_A(tmp_path):
         args = TrainingArguments(**tiny.arguments(tmp_path))
         callback = RunRecordCallback()
         Trainer(model=model, args=args, eval_dataset=tiny.token_dataset(4), callbacks=[callback]).evaluate()
-        assert {name for name in ("before", "after") if callback.record["scores"][name]} == {when}
+        assert {name for name in ("before", "after") if callback.record.scores[name]} == {when}
 
 
 def test_evaluation_at_the_start_of_training_is_of_the_base(tmp_path):
@@ -467,7 +469,7 @@ def test_several_evaluation_datasets_keep_their_names(tmp_path):
     data = {name: tiny.token_dataset(n, labels=False) for name, n in (("a", 4), ("b", 6))}
     trainer = make(tmp_path, eval_data=data)
     found = trainer.evaluate()
-    scores = trainer.run_record.record["scores"]["before"]
+    scores = trainer.run_record.record.scores["before"]
     assert {name: scores[name] for name in ("a_loss", "b_loss")} == {
         name: found[f"eval_{name}"] for name in ("a_loss", "b_loss")
     }
@@ -477,8 +479,8 @@ def test_own_results_are_merged(tmp_path):
     callback = RunRecordCallback()
     callback.update(scores={"before": {"exact": 0.0}}, examples=[{"prompt": "p"}])
     callback.update(scores={"before": {"f1": 0.5}, "after": {"exact": 1.0}}, examples=[])
-    assert callback.record["scores"] == {"before": {"exact": 0.0, "f1": 0.5}, "after": {"exact": 1.0}}
-    assert callback.record["examples"] == []
+    assert callback.record.scores == {"before": {"exact": 0.0, "f1": 0.5}, "after": {"exact": 1.0}}
+    assert callback.record.examples == []
 
 
 class BestAt(TrainerCallback):
@@ -777,9 +779,9 @@ def test_the_written_record_is_the_returned_one_and_a_copy(tmp_path):
     trainer = make(tmp_path)
     trainer.train()
     written = trainer.run_record.write(tmp_path / "new" / "folder")
-    assert written == read(tmp_path / "new" / "folder")
+    assert written.to_dict() == read(tmp_path / "new" / "folder")
     trainer.state.log_history.clear()
-    assert losses(written)
+    assert written.losses
 
 
 # The card beside it

@@ -9,19 +9,19 @@ import torch
 from trl import SFTConfig
 
 from hf_reflora import RefLoraSFTTrainer
-from hf_reflora.report import recorder
+from hf_reflora.report import record
 
 
 def train(out: Path) -> None:
     """Trains, saves, and lists the records that this process has written."""
     torch.set_num_threads(1)
-    written, write = [], recorder.write_json
+    written, write = [], record.write_json
 
     def noted(path, *args):
         written.append(str(path))
         write(path, *args)
 
-    recorder.write_json = noted
+    record.write_json = noted
     trainer = RefLoraSFTTrainer(
         model=tiny.lora(tiny.llama()),
         args=SFTConfig(**tiny.arguments(out, save_strategy="steps", save_steps=2)),

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from hf_reflora import RefLoraSFTTrainer, last_checkpoint
 from hf_reflora.report.card import render
+from hf_reflora.report.record import RunRecord
 from hf_reflora.trainers import checkpoints
 from hf_reflora.trainers.checkpoints import is_whole
 
@@ -245,7 +246,9 @@ def test_the_recipe_killed_and_resumed(tmp_path):
     assert record["scores"]["rows"] == 3
     assert record["scores"]["after"]["loss"] < record["scores"]["before"]["loss"]
     assert len(record["examples"]) == 3
-    assert (run.out / "README.md").read_text(encoding="utf-8") == render(record, plot="training.png")
+    assert (run.out / "README.md").read_text(encoding="utf-8") == render(
+        RunRecord.from_dict(record), plot="training.png"
+    )
     whole = Run(tmp_path / "whole", recipe=tmp_path / "model")
     assert whole.end() == [0], whole.log()
     unbroken = json.loads((whole.out / "run_record.json").read_text(encoding="utf-8"))
@@ -323,7 +326,7 @@ def test_what_resumes(tmp_path, resume):
     trainer = trainer_in(tmp_path, max_steps=4, save_strategy="no")
     trainer.train(resume_from_checkpoint=resume)
     first = 2 if str(resume).lower() == "true" else 0
-    assert [run["from_step"] for run in trainer.run_record.record["runs"]] == [0, 2][: 1 + bool(first)]
+    assert [run["from_step"] for run in trainer.run_record.record.runs] == [0, 2][: 1 + bool(first)]
     assert trainer.state.global_step == 4
 
 

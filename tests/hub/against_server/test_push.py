@@ -22,6 +22,7 @@ from hf_reflora import PushError, push_adapter
 from hf_reflora.cli import main
 from hf_reflora.hub.scan import SecretFound
 from hf_reflora.report.card import render
+from hf_reflora.report.record import RunRecord
 
 
 ROOT = Path(hf_reflora.__file__).parent.parent
@@ -62,7 +63,7 @@ def test_everything_arrives_in_one_commit(server, tmp_path):
     data = front_matter(server, "me/adapter")
     assert (data["library_name"], data["base_model"], data["base_model_relation"]) == ("peft", "me/base", "adapter")
     card = server.read("me/adapter", "README.md").decode()
-    assert card == render(saved_adapters.RECORD, repo_id="me/adapter", plot="training.png")
+    assert card == render(RunRecord.from_dict(saved_adapters.RECORD), repo_id="me/adapter", plot="training.png")
 
 
 def test_what_is_there_is_not_sent_again(server, tmp_path):

@@ -134,7 +134,7 @@ def test_training_goes_on_from_a_checkpoint_on_the_hub(server, tmp_path, strateg
         again = make_trainer(tmp_path / "b", push_to_hub=False)
         again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
         tiny.assert_same(tiny.trainable(again.model), tiny.trainable(whole.model))
-        runs = again.run_record.record["runs"]
+        runs = again.run_record.record.runs
         assert [(run["from_step"], run["to_step"]) for run in runs] == [(0, 2), (2, 4)]
 
 
