@@ -1,8 +1,8 @@
-"""A table and a plot of several run records of one recipe, side by side.
+"""Compares the run records of one recipe in a table and, with --plot, in a plot.
 
     python benchmarks/compare.py runs/smollm2-135m-*/run_record.json [--plot comparison.png]
 
-Prints Markdown. Means and standard deviations where a method has several records (seeds).
+Prints a Markdown table. Where a method has several records, from several seeds, it has means and standard deviations.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from hf_reflora.report.record import RunRecord
 
 
-# What makes runs comparable; anything else that differs is the method's.
+# Runs are comparable if these are equal. Whatever else differs belongs to the method.
 SAME = ("model", "dataset", "train_rows", "processes")
 
 
@@ -26,7 +26,11 @@ def name(record: RunRecord) -> str:
 
 
 def load(paths: list[Path]) -> dict[str, list[RunRecord]]:
-    """Records by method, checked to be of one recipe."""
+    """The records of each method, by seed.
+
+    Raises:
+        SystemExit: if they are not of the same recipe.
+    """
     records = [RunRecord.load(path) for path in paths]
     for key in SAME:
         values = {json.dumps(getattr(record, key)) for record in records}
@@ -38,13 +42,13 @@ def load(paths: list[Path]) -> dict[str, list[RunRecord]]:
     return methods
 
 
-def shown(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
 
 def final_loss(record: RunRecord) -> float:
-    """Mean training loss over the last tenth of the logged steps."""
+    """The mean training loss over the last tenth of the logged steps."""
     losses = [loss for _, loss in record.losses]
     return statistics.mean(losses[-max(1, len(losses) // 10) :])
 

@@ -1,10 +1,11 @@
-"""What the model cards of several libraries say of the same kind of run: a tiny adapter, trained twice, on a CPU.
+"""Compares the model cards that several libraries write for the same kind of run: a tiny adapter, trained on a CPU.
 
     python benchmarks/compare_cards.py
 
-Each library makes its card in its own way, with everything that it accepts: tags, the dataset's id, evaluation before
-and after. Once the base model is named as on the Hub, once by a local folder. Prints Markdown and writes
-records/cards.json. sentence-transformers, which is no dependency, is compared if it is installed.
+Each library writes its card in its own way and is given everything that it accepts: tags, the dataset's id, an
+evaluation before and after. It does so twice: for a base model from the Hub, and for one in a local folder. Prints a
+Markdown table and writes records/cards.json. sentence-transformers, which is no dependency, is included if it is
+installed.
 """
 
 import importlib.util
@@ -38,7 +39,8 @@ TOKENS = ["<pad>", "</s>", *map(str, range(98))]
 LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 KNOWN = {"tags": ["mine"], "dataset_name": "org/data"}
 
-# What a card may have; `data` is its front matter, `text` its body.
+# What a card may have. `data` is its front matter, `text` its body. The question without a function is asked of the
+# card for the base model in a local folder.
 QUESTIONS = {
     "says which library loads it": lambda data, text: data.get("library_name") in ("peft", "sentence-transformers"),
     "no local path as `base_model`": None,
@@ -65,18 +67,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def base(name: str) -> LlamaForCausalLM:
+    """A tiny model that looks as if it had been loaded from `name`."""
     config = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2, pad_token_id=0, eos_token_id=1))
     model.name_or_path = model.config._name_or_path = name
     return model
 
 
-def rows(columns: bool = False) -> Dataset:
+def rows(with_labels: bool = False) -> Dataset:
+    """Tokenized rows: TRL makes the labels itself, transformers needs them."""
     tokens = [[2 + i, 3 + i, 4 + i] for i in range(8)]
-    return Dataset.from_dict({"input_ids": tokens, **({"labels": tokens} if columns else {})})
+    return Dataset.from_dict({"input_ids": tokens, **({"labels": tokens} if with_labels else {})})
 
 
-def trained(trainer):
+def train(trainer):
+    """Trains between two evaluations and returns the trainer."""
     trainer.evaluate()
     trainer.train()
     trainer.evaluate()
@@ -96,7 +101,7 @@ def by_trl(folder: str, name: str) -> None:
 
 
 def by_a_sft_trainer(cls, folder: str, name: str):
-    return trained(
+    return train(
         cls(
             model=base(name),
             args=SFTConfig(folder, activation_checkpointing=False, **ARGUMENTS),
@@ -111,13 +116,15 @@ def by_a_sft_trainer(cls, folder: str, name: str):
 def by_transformers(folder: str, name: str) -> None:
     model = get_peft_model(base(name), LoraConfig(**LORA))
     arguments = TrainingArguments(folder, **ARGUMENTS)
-    trainer = trained(Trainer(model=model, args=arguments, train_dataset=rows(True), eval_dataset=rows(True)))
+    data = rows(with_labels=True)
+    trainer = train(Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data))
     trainer.save_model()
     trainer.create_model_card(tags=["mine"], dataset_tags="org/data", dataset="org/data")
 
 
 def by_peft(folder: str, name: str) -> None:
     get_peft_model(base(name), LoraConfig(**LORA)).save_pretrained(folder)
+    # PEFT has no argument for tags, but keeps those of a card that is there when it saves again.
     path = Path(folder) / "README.md"
     path.write_text(path.read_text().replace("tags:\n", "tags:\n- mine\n", 1))
     get_peft_model(base(name), LoraConfig(**LORA)).save_pretrained(folder)
@@ -134,6 +141,7 @@ def by_sentence_transformers(folder: str, name: str) -> None:
     from sentence_transformers import models as modules
     from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
 
+    # Its modules are made from a saved model only. The model is then renamed as in `base`.
     start = Path(folder) / "base"
     config = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     BertModel(BertConfig(**config, num_attention_heads=2)).save_pretrained(start)
@@ -148,7 +156,7 @@ def by_sentence_transformers(folder: str, name: str) -> None:
     loss = losses.MultipleNegativesRankingLoss(model)
     evaluator = EmbeddingSimilarityEvaluator(["1 2", "3"], ["5", "6"], [1.0, 0.0])
     data = {"train_dataset": pairs, "eval_dataset": pairs, "evaluator": evaluator}
-    trained(SentenceTransformerTrainer(model=model, args=arguments, loss=loss, **data))
+    train(SentenceTransformerTrainer(model=model, args=arguments, loss=loss, **data))
     model.save_pretrained(folder)
 
 
@@ -162,39 +170,42 @@ LIBRARIES = {
 
 
 def answers(make) -> dict[str, bool | None]:
+    """The answer to each question for the cards that `make(folder, base model's name)` writes; None if not known."""
     with tempfile.TemporaryDirectory() as folder:
         make(folder, "org/base")
         data, text = card(folder)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as local_base:
         make(folder, local_base)
         local, _ = card(folder)
-    found = {question: bool(ask(data, text)) for question, ask in QUESTIONS.items() if ask}
-    found["no local path as `base_model`"] = "base_model" not in local or is_hub_id(local["base_model"])
+    by_question = {question: bool(ask(data, text)) for question, ask in QUESTIONS.items() if ask}
+    by_question["no local path as `base_model`"] = "base_model" not in local or is_hub_id(local["base_model"])
     if make is by_sentence_transformers:
-        found["the dataset, as a list of ids"] = None  # it asks the Hub whether there is such a dataset
-    return {question: found[question] for question in QUESTIONS}
+        # It asks the Hub whether there is such a dataset, which cannot be answered for a made-up one.
+        by_question["the dataset, as a list of ids"] = None
+    return {question: by_question[question] for question in QUESTIONS}
 
 
 def card(folder: str) -> tuple[dict, str]:
+    """Front matter and body of the folder's card."""
     _, front_matter, body = (Path(folder) / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(front_matter), body
 
 
-def table(found: dict[str, dict[str, bool | None]]) -> str:
-    lines = [["the card …", *found], ["---", *[":---:"] * len(found)]]
-    shown = {True: "✓", False: "–", None: "?"}
-    lines += [[question, *(shown[said[question]] for said in found.values())] for question in QUESTIONS]
+def table(by_library: dict[str, dict[str, bool | None]]) -> str:
+    lines = [["the card …", *by_library], ["---", *[":---:"] * len(by_library)]]
+    marks = {True: "✓", False: "–", None: "?"}
+    lines += [[question, *(marks[answer[question]] for answer in by_library.values())] for question in QUESTIONS]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    found = {}
+    by_library = {}
     for name, make in LIBRARIES.items():
         if name != "sentence-transformers" or importlib.util.find_spec("sentence_transformers"):
             print(f"{name} ...", flush=True)
-            found[name] = answers(make)
-    write_json(RECORD, {"answers": found, "environment": environment(Path(__file__).parent)})
-    print(table(found))
+            by_library[name] = answers(make)
+    write_json(RECORD, {"answers": by_library, "environment": environment(Path(__file__).parent)})
+    print(table(by_library))
 
 
 if __name__ == "__main__":

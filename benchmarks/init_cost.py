@@ -1,10 +1,10 @@
-"""What LoRA-SB's initialization costs: peak memory against a LoRA training step and against keeping all gradients, and
-its truncated SVD against torch's.
+"""What LoRA-SB's initialization costs.
 
     python benchmarks/init_cost.py [--rank 20] [--device cpu]
 
-On SmolLM2-135M out of the wheel (all linear layers, bfloat16) and 25 rows of the demo's data in batches of 4. Each way
-runs in a process of its own; memory is the peak above what the loaded model takes.
+Compares its peak memory with that of a LoRA training step and of keeping all gradients, and its truncated SVD with
+torch's. It initializes all linear layers of SmolLM2-135M (bfloat16) from 25 rows of the demo's data in batches of 4.
+Each way runs in a process of its own. The memory is the peak above what the loaded model takes.
 """
 
 import argparse
@@ -29,15 +29,16 @@ ROOT = Path(__file__).parent.parent
 
 WAYS = {
     "a LoRA training step": "three AdamW steps of a LoRA of the same rank, same batches",
-    "LoRA-SB": "the default: sums of gradients within a LoRA's optimizer memory",
-    "LoRA-SB, 1 pass": "all sums of gradients at once",
-    "all gradients": "of every weight, summed in the model's dtype, then signs, as the authors' code does",
+    "LoRA-SB": "the default: as many passes as keep the gradients' sums within a LoRA's optimizer memory",
+    "LoRA-SB, 1 pass": "the sums of all layers' gradients at once",
+    "all gradients": "the gradients of every weight, summed in the model's dtype, then their signs, as the authors do",
 }
 LAYERS = ("model.layers.0.mlp.down_proj", "model.layers.15.self_attn.q_proj", "model.layers.29.mlp.up_proj")
 ETA = 4e-4
 
 
 def load(device: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """The model and the batches."""
     path = embedded_model.resolve(embedded_model.NAME)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager").to(device)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -76,6 +77,7 @@ def all_gradients(model, batches, rank: int) -> None:
 
 
 def measure(way: str, rank: int, device: str) -> dict[str, float]:
+    """Peak memory above the loaded model's, in GB, and seconds."""
     model, batches = load(device)
     settings = {"eta": ETA, "show_progress_bar": False}
     work = {
@@ -99,11 +101,11 @@ def reset_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, Linux only
 
 
 def memory(device: str, kind: str) -> float:
-    """GB: of this process now (VmRSS) or at its peak (VmHWM)."""
+    """Memory of this process in GB, by Linux' names: what it takes now (VmRSS), or its peak (VmHWM)."""
     if device.startswith("cuda"):
         used = torch.cuda.memory_allocated() if kind == "VmRSS" else torch.cuda.max_memory_allocated()
         return used / 1e9
@@ -112,29 +114,31 @@ def memory(device: str, kind: str) -> float:
 
 
 def compare_svds(rank: int, device: str) -> dict[str, dict[str, dict[str, float]]]:
-    """By layer and way: seconds (the faster of two), and the share of the best rank-r energy that is missed."""
+    """For each layer and way: seconds (the faster of two runs), and the share of the best rank-r energy it misses."""
     model, batches = load(device)
     with frozen(model), weight_gradients({name: model.get_submodule(name) for name in LAYERS}) as sums:
         for batch in batches:
             model(**batch).loss.backward()
     matrices = {name: (G.sign(), rank) for name, G in sums.items()}
     generator = torch.Generator().manual_seed(0)
+    # The signs of a matrix of a size that this model does not have: that of Llama-3-8B's MLP.
     decay = torch.arange(1, 401) ** -0.5
     low = torch.randn(4096, 400, generator=generator) * decay @ torch.randn(400, 14336, generator=generator)
     noise = torch.randn(low.shape, generator=generator)
     matrices["rank 400, decaying, and noise"] = ((low + noise).sign().to(device), 96)
-    found = {}
+    by_layer = {}
     for name, (M, r) in matrices.items():
         best = torch.linalg.eigvalsh(gram(M))[-r:].sum()
-        found[f"{name}, {M.shape[0]} × {M.shape[1]}, r = {r}"] = {
+        by_layer[f"{name}, {M.shape[0]} × {M.shape[1]}, r = {r}"] = {
             "block Krylov": timed_svd(lambda M: truncated_svd(M, r)[0], M, best),  # noqa: B023
             "svd_lowrank, niter=10": timed_svd(lambda M: torch.svd_lowrank(M, r, niter=10)[0], M, best),  # noqa: B023
             "svd_lowrank, niter=40": timed_svd(lambda M: torch.svd_lowrank(M, r, niter=40)[0], M, best),  # noqa: B023
         }
-    return found
+    return by_layer
 
 
 def gram(M: torch.Tensor) -> torch.Tensor:
+    """M Mᵀ or Mᵀ M, whichever is smaller, in float64: its eigenvalues are M's squared singular values."""
     M = (M if M.shape[0] <= M.shape[1] else M.T).double()
     return M @ M.T
 
@@ -154,19 +158,19 @@ def timed_svd(svd, M: torch.Tensor, best: torch.Tensor) -> dict[str, float]:
 def memory_table(results: dict[str, dict[str, float]]) -> str:
     step = results["a LoRA training step"]
     rows = ["| | peak above the model | ratio to a LoRA step | seconds |", "| --- | ---: | ---: | ---: |"]
-    for way, found in results.items():
-        seconds = "" if found is step else f"{found['seconds']:.0f}"
-        rows.append(f"| {way} | {found['gb']:.2f} GB | {found['gb'] / step['gb']:.2f} | {seconds} |")
+    for way, cost in results.items():
+        seconds = "" if cost is step else f"{cost['seconds']:.0f}"
+        rows.append(f"| {way} | {cost['gb']:.2f} GB | {cost['gb'] / step['gb']:.2f} | {seconds} |")
     return "\n".join(rows)
 
 
 def svd_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     rows = ["| layer | way | ms | ratio | energy missed |", "| --- | --- | ---: | ---: | ---: |"]
     for layer, ways in results.items():
-        for way, found in ways.items():
-            ratio = found["seconds"] / ways["block Krylov"]["seconds"]
-            missed = max(found["missed_energy"], 0)
-            rows.append(f"| {layer} | {way} | {found['seconds'] * 1e3:.0f} | {ratio:.1f} | {missed:.0e} |")
+        for way, result in ways.items():
+            ratio = result["seconds"] / ways["block Krylov"]["seconds"]
+            missed = max(result["missed_energy"], 0)
+            rows.append(f"| {layer} | {way} | {result['seconds'] * 1e3:.0f} | {ratio:.1f} | {missed:.0e} |")
     return "\n".join(rows)
 
 
@@ -175,7 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("--rank", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--record", type=Path, help="write the figures and the environment to this JSON file")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # one way, in this process
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # measures one way, in this process
     options = parser.parse_args()
     if options.way:
         print(json.dumps(measure(options.way, options.rank, options.device)))

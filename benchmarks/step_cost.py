@@ -1,9 +1,9 @@
-"""What RefLoRA adds to an optimizer step, against AdamW alone and PEFT's Riemannian optimizer, in one run.
+"""How long an optimizer step takes with RefLoRA, compared with AdamW alone and with PEFT's Riemannian optimizer.
 
     python benchmarks/step_cost.py [--rank 8] [--device cpu]
 
-The adapters have the shapes of SmolLM2-135M, all linear layers; the gradients are random. Prints a Markdown table of
-medians, and of ratios to AdamW, which carry over to other machines better than times do.
+The adapters have the shapes of SmolLM2-135M's linear layers, and the gradients are random. Prints a Markdown table of
+medians and of their ratios to AdamW's, which carry over to other machines better than times do.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from hf_reflora.report.environment import environment, write_json
 
 
 def adapters(rank: int, device: str) -> torch.nn.Module:
+    """A model with SmolLM2-135M's linear layers, LoRA adapters on all of them and random gradients."""
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -45,7 +46,7 @@ def synchronize(device: str) -> None:
 
 
 def measure(rank: int, device: str, seconds: float) -> dict[str, float]:
-    """Median seconds of a step, by optimizer."""
+    """The median seconds of each optimizer's step, over steps that take `seconds` in all."""
     makers = {
         "AdamW": lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4),
         "Riemannian (PEFT)": lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4),
@@ -65,7 +66,8 @@ def measure(rank: int, device: str, seconds: float) -> dict[str, float]:
         gradients = [(p.grad, p.grad.clone()) for p in model.parameters() if p.requires_grad]
         times = []
         while sum(times) < seconds:
-            for gradient, original in gradients:  # preconditioning is in place: always start from the same numbers
+            # Preconditioning changes the gradients in place; each step shall start from the same ones.
+            for gradient, original in gradients:
                 gradient.copy_(original)
             synchronize(device)
             begin = time.perf_counter()
@@ -77,7 +79,7 @@ def measure(rank: int, device: str, seconds: float) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown of `measure`'s medians by rank."""
+    """A Markdown table of `measure`'s medians, by rank."""
     ranks = list(results)
     rows = ["| step of | " + " | ".join(f"r = {r}: ms | ratio to AdamW" for r in ranks) + " |"]
     rows.append("| --- |" + " ---: |" * (2 * len(ranks)))
@@ -91,7 +93,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="least measuring time for each optimizer")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to measure each optimizer, at least")
     parser.add_argument("--record", type=Path, help="write the figures and the environment to this JSON file")
     arguments = parser.parse_args()
     results = {str(rank): measure(rank, arguments.device, arguments.seconds) for rank in arguments.rank}

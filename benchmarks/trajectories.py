@@ -1,10 +1,10 @@
-"""One trajectory on every backend: the same rows, steps and methods, compared with one process.
+"""Compares the training on every backend with the training in one process: the same rows, steps and methods.
 
     python benchmarks/trajectories.py [--record FILE]
 
-A tiny Llama learns 24 random rows, 4 a step, for 6 steps: in one process that accumulates 4 micro-batches, and in two
-processes that accumulate 2 with each backend, over gloo on the CPU. Prints, for every backend and method, by how much
-the losses and the adapter's numbers differ from the one process, and whether both processes have the same numbers.
+A tiny Llama learns 24 random rows in 6 steps of 4 rows. One process accumulates 4 micro-batches; two processes, over
+gloo on the CPU, accumulate 2 each, with every backend. Prints for each backend and method by how much the losses and
+the adapter's numbers differ from those of the one process, and whether both processes have the same numbers.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from hf_reflora.report.environment import environment, write_json
 
 
 STEPS, ROWS, RANK = 6, 24, 5  # a rank that two processes cannot share evenly
-# lora_sb starts from the gradient itself: rounding may turn the sign of an entry near 0.
+# LoRA-SB takes the gradient and not its sign, which rounding may flip for an entry near 0.
 METHODS = {
     "LoRA": (LoraConfig, []),
     "RefLoRA": (LoraConfig, [lambda: RefLoraCallback()]),
@@ -65,36 +65,45 @@ def base_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
+def is_sharded_by_accelerate(backend: str) -> bool:
+    return backend.startswith("FSDP2") and backend != "FSDP2 at load"
+
+
+def backend_settings(backend: str) -> dict:
+    """The training arguments that choose the backend."""
+    if is_sharded_by_accelerate(backend):
+        fsdp_config = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "activation_checkpointing": backend == "FSDP2 checkpointed",
+        }
+        return {"fsdp": True, "fsdp_config": fsdp_config}
+    if backend.startswith("DeepSpeed"):
+        import deepspeed.ops
+
+        # Its own communication in shared memory would be compiled first, for minutes; gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        zero = {"stage": int(backend[-1])}
+        if zero["stage"] == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # or it would not partition parameters as small as these
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        return {"deepspeed": {**dict.fromkeys(automatic, "auto"), "zero_optimization": zero}}
+    return {}
+
+
 def arguments(backend: str, folder: str, cls: type = TrainingArguments, **changes) -> TrainingArguments:
-    """For a fresh start on a backend, also after another one in the same process; the process group stays."""
+    """Arguments that start afresh with a backend, also after another one in the same process.
+
+    The process group stays; what accelerate and transformers remember of the last backend is reset.
+    """
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ.pop(name, None)
-    settings = {}
-    if backend.startswith("FSDP2") and backend != "FSDP2 at load":
-        settings = {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                "activation_checkpointing": backend == "FSDP2 checkpointed",
-            },
-        }
-    elif backend.startswith("DeepSpeed"):
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; gloo does as well
-        stage = int(backend[-1])
-        keep = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
-        settings["deepspeed"] = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": {"stage": stage, **(keep if stage == 3 else {})},
-        }
-    settings |= {
+    settings = {
+        **backend_settings(backend),
         "output_dir": folder,
         "use_cpu": True,
         "bf16": False,
@@ -109,23 +118,24 @@ def arguments(backend: str, folder: str, cls: type = TrainingArguments, **change
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
-        "save_only_model": backend == "FSDP2 at load",  # transformers asks for it
+        "save_only_model": backend == "FSDP2 at load",  # transformers demands it there
         "report_to": "none",
         "disable_tqdm": True,
         "ddp_broadcast_buffers": False,
         "seed": 0,
     }
     args = cls(**{**settings, **changes})
-    if backend.startswith("FSDP2") and backend != "FSDP2 at load":
-        # accelerate shards on accelerators only, by this name. Everything after it is its own: prepare, fully_shard.
+    if is_sharded_by_accelerate(backend):
+        # accelerate shards only where this type says that there are accelerators. All that follows is its own code:
+        # prepare and fully_shard, here on the CPU.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return args
 
 
 def run(backend: str, method: str, folder: str) -> dict:
-    """Losses and adapter of one training, as this process has them."""
+    """Trains once; returns the losses and the adapter as this process has them."""
     config_cls, callbacks = METHODS[method]
-    # With a smaller epsilon Adam takes whole steps on gradients that are rounding.
+    # With its usual epsilon Adam would take steps of full size on gradients that are nothing but rounding errors.
     args = arguments(backend, folder, adam_epsilon=1e-3)
     model = base_model()
     if backend == "FSDP2 at load":
@@ -156,7 +166,7 @@ def run(backend: str, method: str, folder: str) -> dict:
 
 @torch.no_grad()
 def spread(model: torch.nn.Module) -> None:
-    """B in the middle of training: columns of unlike sizes, far from balance."""
+    """Makes B as it may be in the middle of a training: its columns differ in size and are far from balanced."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -165,22 +175,23 @@ def spread(model: torch.nn.Module) -> None:
 
 
 def worker(folder: str, backends: list[str], methods: list[str]) -> None:
+    """Runs everything in this process, or in each of two, and saves each result in `folder`."""
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # train() collects garbage, which takes longer than these few steps
+    gc.freeze()  # Trainer.train() collects garbage, which would take longer than these few steps
     rank = int(os.environ.get("RANK", 0))
     for backend in backends:
         for method in methods:
-            found = run(backend, method, folder)
-            torch.save(found, Path(folder) / f"{backend}-{method}-{rank}.pt")
+            result = run(backend, method, folder)
+            torch.save(result, Path(folder) / f"{backend}-{method}-{rank}.pt")
             if rank == 0:
-                print(f"{backend}, {method}: last loss {found['losses'][-1]:.4f}", file=sys.stderr, flush=True)
+                print(f"{backend}, {method}: last loss {result['losses'][-1]:.4f}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def measure(backends: list[str], methods: list[str]) -> list[dict]:
-    """Runs everything; one entry a backend and method."""
+    """Runs everything in processes of its own; returns an entry for each backend and method."""
     with tempfile.TemporaryDirectory() as folder:
         base_model().save_pretrained(Path(folder) / "base")
         for processes, names in ((1, [ONE]), (2, backends)):
@@ -193,10 +204,11 @@ def measure(backends: list[str], methods: list[str]) -> list[dict]:
             path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
             environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
             subprocess.run(command, env=environ, check=True)
-        return [compared(Path(folder), backend, method) for backend in backends for method in methods]
+        return [compare(Path(folder), backend, method) for backend in backends for method in methods]
 
 
-def compared(folder: Path, backend: str, method: str) -> dict:
+def compare(folder: Path, backend: str, method: str) -> dict:
+    """The entry of the record for a backend and a method: losses, and differences from the one process."""
     one = torch.load(folder / f"{ONE}-{method}-0.pt")
     first, second = (torch.load(folder / f"{backend}-{method}-{rank}.pt") for rank in range(2))
     assert (one["processes"], first["processes"], second["processes"]) == (1, 2, 2)
@@ -215,19 +227,21 @@ def compared(folder: Path, backend: str, method: str) -> dict:
 
 
 def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two numbers of two adapters."""
     return max((tensor - right[name]).abs().max().item() for name, tensor in left.items())
 
 
-def table(found: list[dict]) -> str:
-    methods = list(dict.fromkeys(entry["method"] for entry in found))
-    by_place = {(entry["backend"], entry["method"]): entry for entry in found}
+def table(entries: list[dict]) -> str:
+    """A Markdown table of `measure`'s entries."""
+    methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    by_place = {(entry["backend"], entry["method"]): entry for entry in entries}
     lines = [f"| 2 processes × 2 | {' | '.join(methods)} | same on both |", f"| --- |{' ---: |' * len(methods)} --- |"]
-    moved = (f"{by_place[found[0]['backend'], method]['adapter_moved']:.0e}" for method in methods)
+    moved = (f"{by_place[entries[0]['backend'], method]['adapter_moved']:.0e}" for method in methods)
     lines.append(f"| {ONE} moves the adapter by | {' | '.join(moved)} | |")
-    for backend in dict.fromkeys(entry["backend"] for entry in found):
-        entries = [by_place[backend, method] for method in methods]
-        cells = [f"{entry['loss_difference']:.0e}, {entry['adapter_difference']:.0e}" for entry in entries]
-        same = "yes" if all(entry["equal_on_both"] for entry in entries) else "no"
+    for backend in dict.fromkeys(entry["backend"] for entry in entries):
+        row = [by_place[backend, method] for method in methods]
+        cells = [f"{entry['loss_difference']:.0e}, {entry['adapter_difference']:.0e}" for entry in row]
+        same = "yes" if all(entry["equal_on_both"] for entry in row) else "no"
         lines.append(f"| {backend} | {' | '.join(cells)} | {same} |")
     return "\n".join(lines)
 
@@ -243,14 +257,14 @@ def main() -> None:
     if options.worker:
         worker(options.worker, options.backends, options.methods)
         return
-    found = measure(options.backends, options.methods)
+    entries = measure(options.backends, options.methods)
     print("Largest difference from one process × 4: of the losses, of the adapter's numbers\n")
-    print(table(found))
+    print(table(entries))
     if options.record:
         facts = environment()
         if is_deepspeed_available():
             facts["versions"]["deepspeed"] = version("deepspeed")
-        write_json(options.record, {"environment": facts, "results": found})
+        write_json(options.record, {"environment": facts, "results": entries})
 
 
 if __name__ == "__main__":
