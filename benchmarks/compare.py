@@ -60,10 +60,10 @@ def table(methods: dict[str, list[RunRecord]]) -> str:
     rows = [head, ["---"] * len(head)]
     rows.append(["before", "", "", *(f"{first.before[score]:.3f}" for score in scores), ""])
     for method, records in methods.items():
-        means = [shown([record.after[score] for record in records]) for score in scores]
+        means = [mean_and_spread([record.after[score] for record in records]) for score in scores]
         seeds = ", ".join(str(record.seed) for record in records)
         trained = f"{records[0].trainable_parameters:,}".replace(",", " ")
-        rows.append([method, trained, seeds, *means, shown([final_loss(r) for r in records])])
+        rows.append([method, trained, seeds, *means, mean_and_spread([final_loss(r) for r in records])])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
