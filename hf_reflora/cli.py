@@ -1,22 +1,55 @@
-"""The command `hf-reflora`."""
+"""The command `hf-reflora`.
+
+`--help` must answer at once, so nothing large (torch, transformers, trl ...) is imported before a command runs.
+"""
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
+from . import __version__
+
+
+RECIPES = {
+    "sft": "supervised fine-tuning",
+    "dpo": "direct preference optimization",
+    "classify": "sequence classification",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="hf-reflora", description="Adapters trained with RefLoRA and LoRA-SB.")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser()
+    try:
+        # A recipe has its own parser, with some 200 options, and the launcher's options stand among them. argparse
+        # cannot leave them to it: even REMAINDER does not take options that come first.
+        if arguments and arguments[0] in RECIPES:
+            from .recipes.launch import launch
+
+            launch(arguments[0], arguments[1:])
+        else:
+            options = parser.parse_args(arguments)
+            options.run(options)
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, ValueError | OSError | RuntimeError | SafetensorError):
+            raise
+        parser.exit(1, f"hf-reflora: {error}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-reflora", description="Trains, describes and publishes adapters with RefLoRA and LoRA-SB."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-reflora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    for name, what in RECIPES.items():
+        commands.add_parser(name, help=f"train by {what}")
     for add in (add_card, add_export, add_inspect, add_push, add_space):
         add(commands)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        parser.exit(1, f"hf-reflora: {error}\n")
+    return parser
 
 
 def add_card(commands) -> None:

@@ -14,7 +14,8 @@ from accelerate.commands.launch import launch_command_parser
 from peft import get_peft_model
 
 from hf_reflora import LoraSbConfig, cli
-from hf_reflora.recipes import classify, dpo, sft
+from hf_reflora.recipes import classify, dpo, launch, sft
+from hf_reflora.recipes.options import Options
 
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +37,8 @@ PAGES = {
 }
 README = PAGES["README.md"]
 RECIPES = {
-    "recipes/sft_reflora.py": sft,
-    "recipes/dpo_reflora.py": dpo,
-    "recipes/classify_reflora.py": classify,
+    **{"recipes/sft_reflora.py": sft, "recipes/dpo_reflora.py": dpo, "recipes/classify_reflora.py": classify},
+    **{recipe.__name__: recipe for recipe in (sft, dpo, classify)},
 }
 LINES = [
     line.strip()
@@ -103,13 +103,13 @@ def test_recipes_snippets_run(snippet, folder_with_stand_ins):
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("accelerate launch")])
 def test_launch_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    launch = launch_command_parser().parse_args(line.split()[2:])
-    assert launch.config_file is None or Path(launch.config_file).is_file()
-    recipe = RECIPES[launch.training_script]
-    arguments = [*launch.training_script_args, "--bf16", "false"]
-    script, _, *settings = recipe.make_parser().parse_args_and_config(arguments)
-    recipe.check(*settings)
-    assert script.dataset_name
+    launcher = launch_command_parser().parse_args(line.split()[2:])
+    assert launcher.config_file is None or Path(launcher.config_file).is_file()
+    recipe = RECIPES[launcher.training_script]
+    assert bool(launcher.module) == launcher.training_script.startswith("hf_reflora.")
+    arguments = [*launcher.training_script_args, "--bf16", "false"]
+    options = Options(*recipe.make_parser().parse_args_and_config(arguments))
+    assert options.script.dataset_name
 
 
 def test_make_runs_what_the_readme_says(tmp_path):
@@ -134,6 +134,11 @@ def test_make_has_every_target_that_is_named():
 @pytest.mark.parametrize("line", sorted({line for line in LINES if line.startswith("hf-reflora ")}))
 def test_commands_parse(line):
     _, command, *arguments = line.split()
+    if command in cli.RECIPES:
+        _, arguments = launch.split([*arguments, "--bf16", "false"], launch_command_parser())
+        options = Options(*RECIPES[f"hf_reflora.recipes.{command}"].make_parser().parse_args_and_config(arguments))
+        assert options.script.dataset_name
+        return
     parser = argparse.ArgumentParser()
     getattr(cli, f"add_{command}")(parser.add_subparsers())
     assert parser.parse_args([command, *arguments]).run is getattr(cli, command)

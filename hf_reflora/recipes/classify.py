@@ -1,13 +1,13 @@
-"""Sequence classification, such as GLUE's, with LoRA, RefLoRA or LoRA-SB; the sibling of sft_reflora.py.
+"""Sequence classification, such as GLUE's tasks, with LoRA, RefLoRA or LoRA-SB.
 
+    hf-reflora classify --config glue/mrpc_reflora
     accelerate launch recipes/classify_reflora.py --config recipes/glue/mrpc_reflora.yaml
 
-The classifier on top of the base model is trained along, in the model's dtype (leave it float32; `bf16: true` is for
-speed), and saved in the adapter. With `eval_strategy` set, the test split is evaluated before and after training, too;
-before, the classifier is a random one where the base has none.
+The classifier on top of the base model is trained too, in the model's dtype (leave it float32; `bf16: true` makes it
+faster), and saved in the adapter. With `eval_strategy` set, the test split is also evaluated before and after
+training. Before training the classifier is random, unless the base model has one.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,24 +18,23 @@ from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
 )
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig
 
-from ..trainers.arguments import LoraSbArguments, RefLoraArguments
 from ..trainers.checkpoints import WholeCheckpointsMixin
 from ..trainers.publishing import PublishingMixin
 from ..trainers.trainers import RefLoraTrainer
-from . import embedded_model
-from .adapters import RecipeArguments, check, make_trainer, peft_config
-from .run import load_rows, load_tokenizer, model_init_kwargs, record_of, run, use_cores
+from .options import Options, RecipeArguments, RecipeParser
+from .run import Run
 
 
 class LoraTrainer(WholeCheckpointsMixin, PublishingMixin, Trainer):
-    """LoRA, to compare with, and LoRA-SB."""
+    """The trainer of LoRA, to compare with, and of LoRA-SB."""
 
 
 @dataclass
@@ -57,15 +56,12 @@ class ClassifyArguments(RecipeArguments):
             raise ValueError(f"text_columns must be one column or two, got {self.text_columns}.")
 
 
-def make_parser() -> TrlParser:
-    groups = (ScriptArguments, TrainingArguments, ModelConfig, ClassifyArguments, RefLoraArguments, LoraSbArguments)
-    parser = TrlParser(groups)
-    parser.set_defaults(use_peft=True, lora_task_type="SEQ_CLS")
-    return parser
+def make_parser(prog: str | None = None) -> RecipeParser:
+    return RecipeParser(TrainingArguments, ClassifyArguments, prog, lora_task_type="SEQ_CLS")
 
 
 def check_model(model_args: ModelConfig) -> None:
-    """Raises where the model is to be loaded in a way that this recipe does not."""
+    """Raises a ValueError for a task or a quantization that this recipe does not support."""
     if model_args.lora_task_type != "SEQ_CLS":
         raise ValueError(
             f"This recipe trains classifiers; lora_task_type is SEQ_CLS, got {model_args.lora_task_type}."
@@ -78,25 +74,29 @@ def classes_of(rows: Dataset, column: str) -> dict[Any, str]:
     """The values of a label column and their names, in the order of the classes.
 
     Raises:
-        ValueError: if there is no such column, or its values are no classes.
+        ValueError: if there is no such column, or its values are not classes: whole numbers or names, two or more.
     """
     if column not in rows.column_names:
         raise ValueError(f"label_column is {column!r}, the dataset has the columns {', '.join(rows.column_names)}.")
     if isinstance(rows.features[column], ClassLabel):
         return dict(enumerate(rows.features[column].names))
-    found = set(rows[column])
-    if len(found) < 2 or not all(isinstance(value, int | str) for value in found):
+    values = set(rows[column])
+    if len(values) < 2 or not all(isinstance(value, int | str) for value in values):
         raise ValueError(
             f"label_column {column!r} must have two classes or more, numbered or named, found "
-            f"{', '.join(map(repr, list(found)[:5]))}."
+            f"{', '.join(map(repr, list(values)[:5]))}."
         )
-    return {value: str(value) for value in sorted(found)}
+    return {value: str(value) for value in sorted(values)}
 
 
 def tokenize(
     rows: Dataset, recipe: ClassifyArguments, tokenizer: PreTrainedTokenizerBase, classes: dict[Any, str]
 ) -> Dataset:
-    """Rows with the model's inputs and `labels`, numbers from 0."""
+    """The rows with the model's inputs and `labels`, which are the numbers of the classes from 0.
+
+    Raises:
+        ValueError: if a column is missing, or a label is not one of `classes`.
+    """
     if missing := set(recipe.text_columns) - set(rows.column_names):
         raise ValueError(
             f"text_columns names {', '.join(sorted(missing))}, the dataset has the columns "
@@ -118,68 +118,60 @@ def tokenize(
 
 
 def scores_of(classes: int) -> Callable[[EvalPrediction], dict[str, float]]:
-    """GLUE's scores: accuracy and, of two classes, the second one's F1 and Matthews' correlation."""
+    """The Trainer's `compute_metrics` with GLUE's scores.
+
+    These are accuracy and, for two classes, F1 of the second class and Matthews' correlation.
+    """
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
-        found, truth = (logits[0] if isinstance(logits, tuple) else logits).argmax(-1), prediction.label_ids
-        result = {"accuracy": float((found == truth).mean())}
+        predicted, truth = (logits[0] if isinstance(logits, tuple) else logits).argmax(-1), prediction.label_ids
+        result = {"accuracy": float((predicted == truth).mean())}
         if classes == 2:
-            hits, wrong = int((found & truth).sum()), int((found != truth).sum())
+            hits, wrong = int((predicted & truth).sum()), int((predicted != truth).sum())
             result["f1"] = 2 * hits / (2 * hits + wrong) if hits else 0.0
-            constant = len(set(found.tolist())) == 1 or len(set(truth.tolist())) == 1
-            result["matthews_correlation"] = 0.0 if constant else float(np.corrcoef(found, truth)[0, 1])
+            # Matthews' correlation is Pearson's of two binary variables, which a constant one leaves undefined.
+            constant = len(set(predicted.tolist())) == 1 or len(set(truth.tolist())) == 1
+            result["matthews_correlation"] = 0.0 if constant else float(np.corrcoef(predicted, truth)[0, 1])
         return result
 
     return scores
 
 
-def main(
-    script_args: ScriptArguments,
-    training_args: TrainingArguments,
-    model_args: ModelConfig,
-    recipe: ClassifyArguments,
-    reflora_args: RefLoraArguments,
-    lorasb_args: LoraSbArguments,
-) -> None:
-    start = time.monotonic()
-    check(model_args, recipe, reflora_args, lorasb_args)
-    check_model(model_args)
-    train_rows, test_rows = load_rows(script_args, script_args.dataset_train_split), None
-    groups = (script_args, training_args, model_args, recipe, reflora_args, lorasb_args)
-    record = record_of(groups, script_args, model_args, recipe, train_rows)
-    classes = classes_of(train_rows, recipe.label_column)
-
-    path = embedded_model.resolve(model_args.model_name_or_path)
-    tokenizer = load_tokenizer(path, model_args)
-    if training_args.eval_strategy != "no":
-        test_rows = tokenize(load_rows(script_args, script_args.dataset_test_split), recipe, tokenizer, classes)
-    train_rows = tokenize(train_rows, recipe, tokenizer, classes)
-    use_cores(training_args, recipe)
-    set_seed(training_args.seed)  # the classifier is random, too
-    names = list(classes.values())
+def load_model(run: Run, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
+    """The base model with a classifier for the classes `names`."""
+    set_seed(run.options.training.seed)  # the classifier is random where the base model has none
     model = AutoModelForSequenceClassification.from_pretrained(
-        path,
+        run.model_path,
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
-        **model_init_kwargs(model_args),
+        **run.model_init_kwargs(),
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    trainer = make_trainer(
+    return model
+
+
+def main(*groups: Any) -> None:
+    """Trains with the options that `make_parser().parse_args_and_config()` returns."""
+    options = Options(*groups)
+    check_model(options.model)
+    run = Run(options)
+    classes = classes_of(run.train_rows, options.recipe.label_column)
+    tokenizer = run.load_tokenizer()
+    test_rows = None
+    if run.evaluates_loss:
+        test_rows = tokenize(run.load_test_rows(), options.recipe, tokenizer, classes)
+    train_rows = tokenize(run.train_rows, options.recipe, tokenizer, classes)
+    trainer = run.make_trainer(
         LoraTrainer,
         RefLoraTrainer,
-        recipe,
-        reflora_args,
-        lorasb_args.callback(),
-        record,
-        model=get_peft_model(model, peft_config(model_args, recipe)),
-        args=training_args,
+        model=get_peft_model(load_model(run, tokenizer, list(classes.values())), options.peft_config()),
         train_dataset=train_rows,
         eval_dataset=test_rows,
         processing_class=tokenizer,
         compute_metrics=scores_of(len(classes)),
     )
-    run(trainer, start, test_rows=test_rows, split=script_args.dataset_test_split)
+    run.train(trainer, test_rows=test_rows)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""Direct preference optimization with LoRA, RefLoRA or LoRA-SB; the sibling of sft_reflora.py.
+"""Direct preference optimization (DPO) with LoRA, RefLoRA or LoRA-SB.
 
+    hf-reflora dpo --config smollm2-135m/dpo_reflora
     accelerate launch recipes/dpo_reflora.py --config recipes/smollm2-135m/dpo_reflora.yaml
 
 Rows have `prompt`, `chosen` and `rejected`, in any of TRL's preference formats. With `eval_strategy` set, the test
-split is evaluated before and after training, too: loss, rewards and how often the chosen answer has the larger one.
+split is also evaluated before and after training: loss, rewards and how often the chosen answer has the larger reward.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import DPOConfig, DPOTrainer
 
-from ..trainers.arguments import LoraSbArguments, RefLoraArguments
 from ..trainers.checkpoints import WholeCheckpointsMixin
 from ..trainers.publishing import PublishingMixin
 from ..trainers.trainers import RefLoraDPOTrainer
-from . import embedded_model
-from .adapters import RecipeArguments, check, make_trainer, peft_config
-from .run import load_rows, load_tokenizer, model_init_kwargs, record_of, run, use_cores
+from .options import Options, RecipeParser
+from .run import Run
 
 
-# What changes the loss, and with it the gradient that LoRA-SB starts from.
+# The options that change the loss, and with it the gradient that LoRA-SB starts from, with their defaults.
 PLAIN_LOSS = {
     "loss_type": ["sigmoid"],
     "loss_weights": None,
@@ -34,22 +32,20 @@ PLAIN_LOSS = {
 
 
 class LoraDPOTrainer(WholeCheckpointsMixin, PublishingMixin, DPOTrainer):
-    """LoRA, to compare with, and LoRA-SB."""
+    """The trainer of LoRA, to compare with, and of LoRA-SB."""
 
     _tag_names = ["trl", "dpo"]
 
 
-def make_parser() -> TrlParser:
-    groups = (ScriptArguments, DPOConfig, ModelConfig, RecipeArguments, RefLoraArguments, LoraSbArguments)
-    parser = TrlParser(groups)
-    parser.set_defaults(use_peft=True)
-    return parser
+def make_parser(prog: str | None = None) -> RecipeParser:
+    return RecipeParser(DPOConfig, prog=prog)
 
 
 def loss_at_the_reference(beta: float) -> Callable[[nn.Module, dict[str, Any]], tuple[Tensor, int]]:
-    """`LoraSbCallback`'s forward_fn for DPO: the mean loss of a batch and its number of pairs.
+    """The `forward_fn` of `LoraSbCallback` for DPO; it returns the mean loss of a batch and its number of pairs.
 
-    LoRA-SB takes the gradient without the adapter, where the model is its own reference, so one pass does.
+    LoRA-SB takes the gradient without the adapter. There the model is its own reference, so one forward pass gives
+    both log-probabilities of DPO's margin.
     """
 
     def forward_fn(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, int]:
@@ -68,12 +64,12 @@ def loss_at_the_reference(beta: float) -> Callable[[nn.Module, dict[str, Any]], 
     return forward_fn
 
 
-def check_loss(training_args: DPOConfig, recipe: RecipeArguments) -> None:
-    """Raises where LoRA-SB would start from the gradient of another loss than the one to train with."""
-    if recipe.method != "lora_sb" and recipe.init != "lora_sb":
+def check_loss(options: Options) -> None:
+    """Raises a ValueError if LoRA-SB would start from the gradient of another loss than the one to train with."""
+    if not options.starts_from_gradient:
         return
-    other = {name: getattr(training_args, name) for name, plain in PLAIN_LOSS.items()}
-    other = {name: value for name, value in other.items() if value != PLAIN_LOSS[name]}
+    given = {name: getattr(options.training, name) for name in PLAIN_LOSS}
+    other = {name: value for name, value in given.items() if value != PLAIN_LOSS[name]}
     if other:
         raise ValueError(
             f"LoRA-SB's start is implemented for DPO's own loss (loss_type: [sigmoid]), got {other}. Leave these out, "
@@ -81,44 +77,21 @@ def check_loss(training_args: DPOConfig, recipe: RecipeArguments) -> None:
         )
 
 
-def main(
-    script_args: ScriptArguments,
-    training_args: DPOConfig,
-    model_args: ModelConfig,
-    recipe: RecipeArguments,
-    reflora_args: RefLoraArguments,
-    lorasb_args: LoraSbArguments,
-) -> None:
-    start = time.monotonic()
-    check(model_args, recipe, reflora_args, lorasb_args)
-    check_loss(training_args, recipe)
-    train_rows, test_rows = load_rows(script_args, script_args.dataset_train_split), None
-    groups = (script_args, training_args, model_args, recipe, reflora_args, lorasb_args)
-    record = record_of(groups, script_args, model_args, recipe, train_rows)
-    if training_args.eval_strategy != "no":
-        test_rows = load_rows(script_args, script_args.dataset_test_split)
-
-    path = embedded_model.resolve(model_args.model_name_or_path)
-    training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
-    use_cores(training_args, recipe)
-    lora_sb = lorasb_args.callback()
-    lora_sb.forward_fn = loss_at_the_reference(training_args.beta)
-    trainer = make_trainer(
+def main(*groups: Any) -> None:
+    """Trains with the options that `make_parser().parse_args_and_config()` returns."""
+    options = Options(*groups)
+    check_loss(options)
+    run = Run(options)
+    test_rows = run.load_test_rows() if run.evaluates_loss else None
+    trainer = run.make_trainer(
         LoraDPOTrainer,
         RefLoraDPOTrainer,
-        recipe,
-        reflora_args,
-        lora_sb,
-        record,
-        model=path,
-        args=training_args,
-        train_dataset=train_rows,
+        forward_fn=loss_at_the_reference(options.training.beta),
+        train_dataset=run.train_rows,
         eval_dataset=test_rows,
-        processing_class=load_tokenizer(path, model_args, trust_remote_code=training_args.trust_remote_code),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=peft_config(model_args, recipe),
+        **run.trl_arguments(),
     )
-    run(trainer, start, test_rows=test_rows, split=script_args.dataset_test_split)
+    run.train(trainer, test_rows=test_rows)
 
 
 if __name__ == "__main__":

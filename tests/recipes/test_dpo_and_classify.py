@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 from hf_reflora import LoraSbConfig, export_lora
 from hf_reflora.recipes import classify, dpo
-from hf_reflora.recipes.adapters import check, peft_config
+from hf_reflora.recipes.options import Options
 from hf_reflora.recipes.run import load_rows
 
 
@@ -51,16 +51,15 @@ def test_yaml_parses(name, tmp_path):
     (tmp_path / "cpu.yaml").write_text(text.replace("bf16: true", "bf16: false"), encoding="utf-8")
     script, training, model, own, reflora, lorasb = parse(recipe, "--config", tmp_path / "cpu.yaml")
     config = yaml.safe_load(text)
-    check(model, own, reflora, lorasb)
-    found = peft_config(model, own)
-    assert (own.method, found.r, found.lora_alpha) == (config["method"], config["lora_r"], config["lora_alpha"])
+    adapter = Options(script, training, model, own, reflora, lorasb).peft_config()
+    assert (own.method, adapter.r, adapter.lora_alpha) == (config["method"], config["lora_r"], config["lora_alpha"])
     assert script.dataset_name == config["dataset_name"]
     assert training.learning_rate == config["learning_rate"]
     assert training.eval_strategy == config["eval_strategy"]
     assert reflora.reflora_warmup_steps == config.get("reflora_warmup_steps", 0)
     if recipe is classify:
         classify.check_model(model)
-        assert found.task_type == "SEQ_CLS"
+        assert adapter.task_type == "SEQ_CLS"
         assert own.text_columns == config["text_columns"]
         assert own.max_length == config["max_length"]
 
@@ -72,7 +71,7 @@ def test_wrong_options_raise(recipe, tmp_path):
     with pytest.raises(ValueError, match="method must be one of"):
         parse(recipe, "--method", "dora", "--bf16", "false")
     options = parse(recipe, "--method", "lora", "--reflora_interval", "2", "--output_dir", tmp_path, "--bf16", "false")
-    with pytest.raises(ValueError, match="settings of others: reflora_interval"):
+    with pytest.raises(ValueError, match="does not use these settings: reflora_interval"):
         recipe.main(*options)
 
 
@@ -208,7 +207,7 @@ def test_lora_sb_refuses_other_losses_at_the_start(options, match, tmp_path):
     options = parse(dpo, *options, "--output_dir", tmp_path, "--bf16", "false")
     with pytest.raises(ValueError, match=match):
         dpo.main(*options)
-    dpo.check_loss(parse(dpo, "--loss_type", "ipo", "--bf16", "false")[1], options[3].__class__())
+    dpo.check_loss(Options(*parse(dpo, "--loss_type", "ipo", "--bf16", "false")))  # RefLoRA takes any loss
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,8 @@ def test_lora_sb_refuses_other_losses_at_the_start(options, match, tmp_path):
     ],
 )
 def test_wrong_classification_options_raise(options, match, tiny_model, pairs, tmp_path):
-    data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--output_dir", tmp_path, "--use_cpu", "true"]
+    data = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--output_dir", tmp_path]
+    data += ["--use_cpu", "true", "--cpu_threads", "1"]
     with pytest.raises(ValueError, match=match):
         classify.main(*parse(classify, *data, *options))
 

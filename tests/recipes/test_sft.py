@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from hf_reflora.recipes import embedded_model, sft
-from hf_reflora.recipes.adapters import check, peft_config
+from hf_reflora.recipes.options import Options
 from hf_reflora.report.card import render
 from hf_reflora.report.ids import hub_id
 from hf_reflora.report.record import RunRecord
@@ -65,8 +65,8 @@ def test_yaml_parses(path, tmp_path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert recipe.method == config["method"]
     assert path.stem == recipe.method + ("_sb_init" if recipe.init == "lora_sb" else "")
-    check(model, recipe, reflora, lorasb)
-    assert peft_config(model, recipe).r == config["lora_r"]
+    options = Options(script, training, model, recipe, reflora, lorasb)
+    assert options.peft_config().r == config["lora_r"]
     assert script.dataset_name == config["dataset_name"]
     assert training.learning_rate == config["learning_rate"]
     assert model.lora_r == config["lora_r"]
