@@ -110,6 +110,8 @@ class LoraSbCallback(TrainerCallback):
             logger.info(f"Adapter {self.adapter_name!r} is initialized already; LoRA-SB's initialization is skipped.")
             return
         if is_deepspeed():
+            # DeepSpeed may step on float32 copies of the factors. If those could not be written, it is better to raise
+            # before the gradients are computed.
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             check_master_copies(trainable, "LoRA-SB's initialization")
         with preserve_random_states():  # the dataset or the collator may draw numbers
@@ -139,6 +141,7 @@ class LoraSbCallback(TrainerCallback):
             number = max(25, math.ceil(len(dataset) / 1000)) if self.num_samples is None else self.num_samples
             generator = torch.Generator().manual_seed(args.seed)  # the same samples in every process
             chosen = torch.randperm(len(dataset), generator=generator)[:number].tolist()
+        # A dataloader of its own, since reading the trainer's would advance the trainer's sampler.
         share = chosen[args.process_index :: args.world_size]
         return DataLoader(Subset(dataset, share), batch_size=batch_size, collate_fn=train_dataloader.collate_fn)
 

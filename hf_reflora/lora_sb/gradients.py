@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -38,19 +39,72 @@ class _AddGradient(torch.autograd.Function):
 
 
 class GradientSums(dict[str, Tensor]):
-    """Sums of gradients (out, in) by layer name. While `counting` is False, backward passes add nothing to them."""
+    """Sums of gradients (out, in) by layer name: see `weight_gradients`.
 
-    counting = True
+    While `counting` is False, backward passes add nothing to them.
+    """
+
+    def __init__(self, complete: Callable[[str, Tensor], None] | None = None):
+        super().__init__()
+        self.counting = True
+        self._complete = complete
+        self._open_uses: dict[str, int] = {}  # forward passes through a layer whose backward pass is still to come
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, name: str, layer: nn.Module) -> None:
+        self._open_uses[name] = 0
+        # With everything frozen autograd would record nothing. This leaf requires a gradient and enters each watched
+        # layer's output, so that the graph begins at the first of these layers.
+        anchor = torch.zeros((), device=next(layer.parameters()).device, requires_grad=True)
+
+        def hook(layer, args, output):
+            # Gradient checkpointing runs the forward pass again inside the backward pass: that is no further use.
+            if torch._C._current_graph_task_id() == -1:
+                self._open_uses[name] += 1
+            return _AddGradient.apply(anchor, args[0], output, partial(self._add, name))
+
+        self._handles.append(layer.register_forward_hook(hook))
+        if self._complete is not None:
+            # Autograd accumulates into a leaf once, after all its uses in the graph, which is right also for a layer
+            # that is used several times. But with reentrant checkpointing each checkpoint is a graph of its own, and
+            # this is called once for each: only the last call finds no open use.
+            anchor.register_post_accumulate_grad_hook(lambda _: self._finish(name))
+
+    def _add(
+        self,
+        name: str,
+        delta: Tensor,  # (..., out)
+        x: Tensor,  # (..., in)
+    ) -> None:
+        self._open_uses[name] -= 1
+        if not self.counting:
+            return
+        # In bfloat16 a sum over many tokens soon stops growing: the next addend is below its rounding error.
+        dtype = torch.promote_types(delta.dtype, torch.float32)
+        delta, x = delta.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
+        # G = δᵀ x, where the rows are the tokens
+        if name not in self:
+            self[name] = delta.T @ x
+        else:
+            self[name].addmm_(delta.T, x)
+
+    def _finish(self, name: str) -> None:
+        if self._open_uses[name] == 0:
+            self._complete(name, self.pop(name))
+
+    def unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 @contextmanager
 def weight_gradients(
-    modules: dict[str, nn.Module], complete: Callable[[str, Tensor], None] | None = None
+    layers: dict[str, nn.Module], complete: Callable[[str, Tensor], None] | None = None
 ) -> Iterator[GradientSums]:
-    """Within it, backward passes sum the gradients of the modules' weights W (out, in), which need no `requires_grad`.
+    """Within it, backward passes sum the gradients of the layers' weights W (out, in), which need no `requires_grad`.
 
     Args:
-        modules: Linear layers by name, which take x (..., in) to y (..., out).
+        layers: Linear layers by name, which take x (..., in) to y (..., out).
         complete: If given, it is called with a layer's name and gradient inside the backward pass, as soon as that
             gradient is complete, and the gradient is freed afterwards, so that one is in memory at a time. Only for a
             single backward pass: another one would add to a gradient that has been used already.
@@ -59,51 +113,13 @@ def weight_gradients(
         The sums by name, (out, in), in float32, or in float64 if the layer's output is. A layer that no gradient
         reaches is absent.
     """
-    sums = GradientSums()
-    uses: dict[str, int] = dict.fromkeys(modules, 0)
-    handles = []
-
-    def add(name: str, delta: Tensor, x: Tensor) -> None:
-        uses[name] -= 1
-        if not sums.counting:
-            return
-        # In bfloat16 a sum over many tokens soon stops growing: the next addend is below its rounding error.
-        dtype = torch.promote_types(delta.dtype, torch.float32)
-        delta, x = delta.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
-        if name not in sums:
-            sums[name] = delta.T @ x
-        else:
-            sums[name].addmm_(delta.T, x)  # G = δᵀ x
-
-    def watch(name: str, module: nn.Module) -> None:
-        # With everything frozen autograd would record nothing. This leaf requires a gradient and enters each watched
-        # layer's output, so that the graph begins at the first of these layers.
-        anchor = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
-
-        def hook(module, args, output):
-            # Gradient checkpointing runs the forward pass again inside the backward pass: that is no further use.
-            if torch._C._current_graph_task_id() == -1:
-                uses[name] += 1
-            return _AddGradient.apply(anchor, args[0], output, partial(add, name))
-
-        handles.append(module.register_forward_hook(hook))
-        if complete is not None:
-            # Autograd accumulates into a leaf once, after all its uses in the graph, which is right also for a layer
-            # that is used several times. But with reentrant checkpointing each checkpoint is a graph of its own, and
-            # this is called once for each: `uses` tells which call is the last.
-            anchor.register_post_accumulate_grad_hook(lambda _: finish(name))
-
-    def finish(name: str) -> None:
-        if uses[name] == 0:
-            complete(name, sums.pop(name))
-
+    sums = GradientSums(complete)
     try:
-        for name, module in modules.items():
-            watch(name, module)
+        for name, layer in layers.items():
+            sums.watch(name, layer)
         yield sums
     finally:
-        for handle in handles:
-            handle.remove()
+        sums.unwatch()
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class LoraSbLayer(BaseTunerLayer):
         self.initialized: set[str] = set()
         self.lorasb_dropout = nn.ModuleDict()
         self.lorasb_R = _ParameterDict()
+        # Persistent, thus saved: nothing could compute B and A again without the training data.
         self.lorasb_A = BufferDict(persistent=True)
         self.lorasb_B = BufferDict(persistent=True)
         self._disable_adapters = False
@@ -76,12 +77,13 @@ class LoraSbLayer(BaseTunerLayer):
                 self.unmerge()  # LoRA-XS decomposes W0, not W0 with another adapter
             self._initialize(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        # PEFT's way to make R trainable, or to freeze it where it is loaded for inference.
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def _initialize(self, adapter_name: str, init_weights: bool | str) -> None:
         r = self.r[adapter_name]
-        if init_weights == "lora_sb":
+        if init_weights == "lora_sb":  # waits for gradients; until then B = R = A = 0
             return
         if init_weights == "lora_xs":
             U, S, V = truncated_svd(self.dequantized_weight(), r)
@@ -98,6 +100,7 @@ class LoraSbLayer(BaseTunerLayer):
         In place, because an optimizer or a backend may hold these tensors already. Collective where R is sharded.
         """
         self.lorasb_B[adapter_name].copy_(B)
+        # FSDP2 and DeepSpeed shard parameters, and DeepSpeed steps on copies of them; buffers are plain tensors.
         write_parameter_(self.lorasb_R[adapter_name], R)
         self.lorasb_A[adapter_name].copy_(A)
         self.initialized.add(adapter_name)
@@ -122,7 +125,7 @@ class LoraSbLayer(BaseTunerLayer):
         self.initialized.discard(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return True  # for PEFT's convert_to_lora and save_as_lora; export_lora is exact and needs no SVD
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # To its device only. PEFT would cast to its dtype, too, and in bfloat16 B and A would not be orthonormal.
@@ -148,7 +151,7 @@ class Linear(nn.Module, LoraSbLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.disable_adapters and self.merged:
+        if self.disable_adapters and self.merged:  # as PEFT's layers do: disable_adapter() means the base model
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
@@ -162,7 +165,10 @@ class Linear(nn.Module, LoraSbLayer):
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """What the adapter adds to the output: s x Aᵀ Rᵀ Bᵀ, (..., out)."""
         A, R, B = self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name]
+        # Autocast casts the inputs of F.linear; without it x may be 16-bit while A is float32.
         x = self.lorasb_dropout[name](self._cast_input_dtype(x, A.dtype))
+        # From the right, so that every product has r columns and none is (out, in). Where FSDP2 or DeepSpeed train in
+        # mixed precision, R is a 16-bit copy here, and A is not.
         return F.linear(F.linear(F.linear(x, A), self.scaling[name] * R.to(A.dtype)), B)
 
     def _check_trainable(self, name: str) -> None:
@@ -170,7 +176,7 @@ class Linear(nn.Module, LoraSbLayer):
         R = self.lorasb_R[name]
         if not (self.training and R.requires_grad and torch.is_grad_enabled()):
             return
-        if name not in self.initialized:
+        if name not in self.initialized:  # with B = A = 0, R's gradient is 0
             raise RuntimeError(
                 f'The LoRA-SB adapter "{name}" has init_weights="lora_sb" and is not initialized yet: training would '
                 "change nothing. Call initialize_lora_sb_weights(model, dataloader, ...), or give the trainer a "
@@ -240,7 +246,7 @@ class Linear(nn.Module, LoraSbLayer):
         base = self.get_base_layer()
         kind = type(base.weight).__name__  # by name, so that bitsandbytes need not be installed
         if kind not in ("Params4bit", "Int8Params"):
-            base.weight.data = weight
+            base.weight.data = weight  # stays the same Parameter, which may be tied to another layer's
             return
         import bitsandbytes as bnb
 

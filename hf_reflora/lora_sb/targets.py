@@ -22,7 +22,7 @@ def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, BaseTunerLa
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r}; the model has {', '.join(model.peft_config)}.")
     config = model.peft_config[adapter_name]
-    # By the exact type: PEFT's other methods inherit from LoraConfig, and their factors mean something else.
+    # By the exact type: other methods' configurations inherit from LoraConfig, such as AdaLoRA's.
     if type(config) not in (LoraSbConfig, LoraConfig):
         raise ValueError(
             f"The adapter {adapter_name!r} is a {type(config).__name__}; LoRA-SB initializes LoraSbConfig, LoraConfig."
@@ -48,12 +48,13 @@ def _check_layer(name: str, layer: BaseTunerLayer, adapter_name: str) -> None:
     if is_variant or not isinstance(base, nn.Linear | Conv1D):
         kind = "a LoRA variant such as DoRA" if is_variant else f"on a {type(base).__name__}"
         raise ValueError(f"{name} is {kind}; LoRA-SB initializes plain adapters on linear layers. Leave it out.")
+    # An ordinary LoRA may have such a rank, but ΔW has fewer singular triplets. LoRA-SB's layers clamp theirs.
     if layer.r[adapter_name] > min(layer.in_features, layer.out_features):
         raise ValueError(
             f"{name} is {layer.out_features} x {layer.in_features} and has no subspace of rank "
             f"{layer.r[adapter_name]}. Give it a smaller rank by rank_pattern."
         )
-    if layer.merged:
+    if layer.merged:  # the gradient would be taken at W0 + ΔW
         raise ValueError(f"{name} is merged. Call unmerge_adapter() first.")
 
 
