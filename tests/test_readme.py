@@ -1,6 +1,5 @@
 """What the Markdown pages say is what the repository does: their commands, snippets, links and names of files."""
 
-import argparse
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from peft import get_peft_model
 
 from hf_reflora import LoraSbConfig, cli
-from hf_reflora.recipes import classify, dpo, launch, sft
+from hf_reflora.recipes import classify, dpo, sft
 from hf_reflora.recipes.options import Options
 
 
@@ -40,6 +39,7 @@ RECIPES = {
     **{"recipes/sft_reflora.py": sft, "recipes/dpo_reflora.py": dpo, "recipes/classify_reflora.py": classify},
     **{recipe.__name__: recipe for recipe in (sft, dpo, classify)},
 }
+TRAINING = ("accelerate launch ", *(f"hf-reflora {name} " for name in cli.RECIPES))
 LINES = [
     line.strip()
     for text in (*PAGES.values(), *(recipe.__doc__ for recipe in RECIPES.values()))
@@ -100,10 +100,17 @@ def test_recipes_snippets_run(snippet, folder_with_stand_ins):
         assert any(B.any() for name, B in names["model"].named_parameters() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("accelerate launch")])
-def test_launch_commands_parse(line, monkeypatch):
+@pytest.mark.parametrize("line", sorted({line for line in LINES if line.startswith(TRAINING)}))
+def test_training_commands_parse(line, monkeypatch):
+    """Everything but the training itself: the launcher's options, the files and names, the recipe's options."""
     monkeypatch.chdir(ROOT)
-    launcher = launch_command_parser().parse_args(line.split()[2:])
+    if line.startswith("hf-reflora"):
+        launches = []
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", launches.append)
+        cli.main(line.split()[1:])
+        [launcher] = launches
+    else:
+        launcher = launch_command_parser().parse_args(line.split()[2:])
     assert launcher.config_file is None or Path(launcher.config_file).is_file()
     recipe = RECIPES[launcher.training_script]
     assert bool(launcher.module) == launcher.training_script.startswith("hf_reflora.")
@@ -131,17 +138,12 @@ def test_make_has_every_target_that_is_named():
     assert named <= set(targets)
 
 
-@pytest.mark.parametrize("line", sorted({line for line in LINES if line.startswith("hf-reflora ")}))
-def test_commands_parse(line):
-    _, command, *arguments = line.split()
-    if command in cli.RECIPES:
-        _, arguments = launch.split([*arguments, "--bf16", "false"], launch_command_parser())
-        options = Options(*RECIPES[f"hf_reflora.recipes.{command}"].make_parser().parse_args_and_config(arguments))
-        assert options.script.dataset_name
-        return
-    parser = argparse.ArgumentParser()
-    getattr(cli, f"add_{command}")(parser.add_subparsers())
-    assert parser.parse_args([command, *arguments]).run is getattr(cli, command)
+@pytest.mark.parametrize(
+    "line", sorted({line for line in LINES if line.startswith("hf-reflora ") and not line.startswith(TRAINING)})
+)
+def test_other_commands_parse(line):
+    options = cli.make_parser().parse_args(line.split()[1:])
+    assert options.run is getattr(cli, line.split()[1])
 
 
 def test_commands_on_files_run(tmp_path, monkeypatch, capsys):
