@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+
+from .targets import AdapterLayer
 
 
 def pad_batches(batches: list[Any]) -> list[int]:
@@ -41,7 +42,7 @@ def pad_batches(batches: list[Any]) -> list[int]:
 
 
 def share_factors(
-    layers: dict[str, BaseTunerLayer],
+    layers: dict[str, AdapterLayer],
     adapter_name: str,
     sums: dict[str, Tensor],  # (out, in) each
     label_count: Tensor,  # ()
@@ -88,7 +89,7 @@ def share_factors(
 
 
 def _reduce_to_owners(
-    layers: dict[str, BaseTunerLayer], owners: dict[str, int], sums: dict[str, Tensor], device: torch.device
+    layers: dict[str, AdapterLayer], owners: dict[str, int], sums: dict[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
     """Sums each layer's gradient over the processes; returns those that this process owns."""
     owned = {}

@@ -89,7 +89,7 @@ class GradientSums(dict[str, Tensor]):
             self[name].addmm_(delta.T, x)
 
     def _finish(self, name: str) -> None:
-        if self._open_uses[name] == 0:
+        if self._complete is not None and self._open_uses[name] == 0:
             self._complete(name, self.pop(name))
 
     def unwatch(self) -> None:

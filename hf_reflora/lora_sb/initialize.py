@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -22,7 +21,7 @@ from .gradients import GradientSums, frozen, preserve_random_states, weight_grad
 from .layer import LoraSbLayer
 from .passes import plan_passes
 from .subspace import UPDATES, balanced_factors, first_update, sb_factors, truncated_svd
-from .targets import adapter_layers
+from .targets import AdapterLayer, adapter_layers
 
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor | int]]
@@ -137,7 +136,7 @@ class _Initialization:
     """One initialization: what it works on, and the singular triplets it has computed so far."""
 
     model: PeftModel
-    layers: dict[str, BaseTunerLayer]
+    layers: dict[str, AdapterLayer]
     adapter_name: str
     eta: float
     update: str
@@ -245,7 +244,7 @@ def mean_loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor 
 
 @torch.no_grad()
 def _set_factors(
-    layer: BaseTunerLayer,
+    layer: AdapterLayer,
     adapter_name: str,
     U: Tensor,  # (out, r)
     S: Tensor,  # (r,)

@@ -1,6 +1,6 @@
 """Plans the passes over the samples: which layers' gradients are summed in memory at the same time."""
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from .targets import AdapterLayer
 
 
 FLOAT32_BYTES = 4
@@ -8,7 +8,7 @@ FLOAT32_BYTES = 4
 LORA_TRAINING_BYTES = 3 * FLOAT32_BYTES
 
 
-def plan_passes(layers: dict[str, BaseTunerLayer], adapter_name: str, passes: int | None = None) -> list[list[str]]:
+def plan_passes(layers: dict[str, AdapterLayer], adapter_name: str, passes: int | None = None) -> list[list[str]]:
     """Groups the layers by the pass over the samples in which their gradients are summed.
 
     Each group needs the float32 sums of its layers' gradients in memory, 4 · out · in bytes a layer.

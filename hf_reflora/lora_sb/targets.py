@@ -2,7 +2,6 @@
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,7 +10,10 @@ from .config import LoraSbConfig
 from .layer import LoraSbLayer
 
 
-def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, BaseTunerLayer]:
+AdapterLayer = LoraSbLayer | LoraLayer
+
+
+def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, AdapterLayer]:
     """The layers of an adapter, by name.
 
     Raises:
@@ -35,14 +37,14 @@ def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, BaseTunerLa
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LoraSbLayer | LoraLayer) and adapter_name in module.r
+        if isinstance(module, AdapterLayer) and adapter_name in module.r
     }
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name)
     return layers
 
 
-def _check_layer(name: str, layer: BaseTunerLayer, adapter_name: str) -> None:
+def _check_layer(name: str, layer: AdapterLayer, adapter_name: str) -> None:
     base = layer.get_base_layer()
     is_variant = isinstance(layer, LoraLayer) and adapter_name in layer.lora_variant
     if is_variant or not isinstance(base, nn.Linear | Conv1D):
