@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 
@@ -122,6 +122,13 @@ class WholeCheckpointsMixin:
             return
         super()._run_epoch(*args, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # As in _run_epoch, which transformers has since 5.3: before, its only door to the epoch is this method.
+        if not hasattr(super(), "_run_epoch") and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # trainer_state.json is next
@@ -133,6 +140,19 @@ def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
     return {int(name[1]): folder for name, folder in names if name}
 
 
+def _oldest_first(checkpoints: dict[int, Path]) -> list[Path]:
+    """The folders by the time of their last change; after a resume the highest step need not be the newest.
+
+    By their steps where the file system does not keep such times, as transformers does it: no two checkpoints are
+    written within the same second.
+    """
+    by_step = [checkpoints[step] for step in sorted(checkpoints)]
+    times = {folder: folder.stat().st_mtime for folder in by_step}
+    if max(times.values(), default=0) - min(times.values(), default=0) < 1:
+        return by_step
+    return sorted(by_step, key=times.__getitem__)
+
+
 def _rotate(run_dir: Path, limit: int, keep: Iterable[str | os.PathLike | None]) -> None:
     """Removes what is not whole and the oldest of what is, until `limit` are left; never those in `keep`.
 
@@ -140,8 +160,7 @@ def _rotate(run_dir: Path, limit: int, keep: Iterable[str | os.PathLike | None])
     any order: what a kill leaves of it could pass for whole.
     """
     keep = {Path(folder).resolve() for folder in keep if folder is not None}
-    folders = [Path(folder) for folder in sort_checkpoints(str(run_dir), use_mtime=True)]
-    folders = [folder for folder in folders if NAME.fullmatch(folder.name)]
+    folders = _oldest_first(_checkpoints(run_dir))
     whole = [folder for folder in folders if is_whole(folder)]
     free = [folder for folder in whole if folder.resolve() not in keep]
     surplus = max(len(whole) - limit, 0)

@@ -10,12 +10,13 @@ import tiny
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora import ParamWrapper
-from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig
+from peft.tuners.lora import config as lora_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers.pytorch_utils import Conv1D
+from versions import needs
 
 from hf_reflora import RefLora, create_reflora_optimizer
 from hf_reflora.distributed.parameters import full_tensor
@@ -337,18 +338,29 @@ def test_one_A_shared_by_two_B_is_refused(form):
             "(?i)adalora.*LoraConfig",
         ),
         (lambda: tiny.lora(tiny.mlp()).requires_grad_(False), "2 LoRA layers, but none has both factors trainable"),
-        (
+        pytest.param(
             lambda: tiny.lora(tiny.mlp(dtype=torch.float32), init_lora_weights="mica"),
             r"freeze a factor \(LoRA-FA, MiCA\)",
+            marks=needs("peft", "0.20", "MiCA"),
         ),
-        (lambda: tiny.lora(tiny.mlp(), kasa_config=KasaConfig()), "KaSA has a diagonal"),
-        (
+        pytest.param(
+            lambda: tiny.lora(tiny.mlp(), kasa_config=lora_config.KasaConfig()),
+            "KaSA has a diagonal",
+            marks=needs("peft", "0.21", "KaSA"),
+        ),
+        pytest.param(
             lambda: tiny.lora(
-                tiny.mlp(), use_bdlora=BdLoraConfig(target_modules_bd_a=["0"], match_strict=False, nblocks=2)
+                tiny.mlp(),
+                use_bdlora=lora_config.BdLoraConfig(target_modules_bd_a=["0"], match_strict=False, nblocks=2),
             ),
             "BD-LoRA has block-diagonal",
+            marks=needs("peft", "0.19", "BD-LoRA"),
         ),
-        (lambda: tiny.lora(tiny.mlp(), monteclora_config=MontecloraConfig()), "MonteCLoRA samples"),
+        pytest.param(
+            lambda: tiny.lora(tiny.mlp(), monteclora_config=lora_config.MontecloraConfig()),
+            "MonteCLoRA samples",
+            marks=needs("peft", "0.20", "MonteCLoRA"),
+        ),
     ],
     ids=["none", "VeRA", "IA3", "AdaLoRA", "frozen", "MiCA", "KaSA", "BD-LoRA", "MonteCLoRA"],
 )
@@ -360,13 +372,16 @@ def test_models_without_pairs_are_refused(make, match):
 def test_arrow_router_is_refused(tmp_path):
     for name in ("one", "two"):
         tiny.lora(tiny.llama()).save_pretrained(tmp_path / name)
-    model = create_arrow_model(tiny.llama(), [str(tmp_path / "one"), str(tmp_path / "two")], ArrowConfig(top_k=1))
+    model = create_arrow_model(
+        tiny.llama(), [str(tmp_path / "one"), str(tmp_path / "two")], lora_config.ArrowConfig(top_k=1)
+    )
     with pytest.raises(ValueError, match="Arrow mixes several adapters"):
         require_pairs(model)
 
 
+@needs("peft", "0.20", "MonteCLoRA")
 def test_variants_that_are_frozen_do_not_disturb():
-    model = tiny.lora(tiny.mlp(), monteclora_config=MontecloraConfig())
+    model = tiny.lora(tiny.mlp(), monteclora_config=lora_config.MontecloraConfig())
     model.add_adapter("plain", LoraConfig(target_modules=["0"]))
     model.set_adapter("plain")
     assert [p.name for p in require_pairs(model)] == ["base_model.model.0[plain]"]
