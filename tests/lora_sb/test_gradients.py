@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+from versions import checkpoint_activations
 
 from hf_reflora.lora_sb.gradients import frozen, weight_gradients
 
@@ -70,7 +71,7 @@ def test_gradients_are_those_of_full_fine_tuning(name, checkpointing, dtype):
     model = MODELS[name]().to(dtype)
     expected = full_gradients(model, loss_of, untied(model))
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_activations(model, {"use_reentrant": checkpointing})
         model.enable_input_require_grads()
     sums = captured(model.train(), loss_of, untied(model))
     assert all(G.dtype == dtype for G in sums.values())
@@ -205,7 +206,7 @@ def test_complete_is_called_when_the_gradient_is_whole_and_frees_it():
 def test_complete_with_gradient_checkpointing(reentrant):
     model, calls = tiny.llama(), []
     expected = full_gradients(model, loss_of, linear(model))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     captured(model.train(), loss_of, complete=lambda *call: calls.append(call))
     assert len(calls) == len(expected)
@@ -316,7 +317,7 @@ def test_quantized_layers(bits, checkpointing):
     names = [name for name in linear(model) if name != "lm_head"]
     expected = full_gradients(reference, loss_of, names)
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_activations(model, {"use_reentrant": checkpointing})
         model.enable_input_require_grads()
     before = {name: model.get_submodule(name).weight.data.clone() for name in names}
     sums = captured(model.train(), loss_of, {name: model.get_submodule(name) for name in names})
@@ -348,7 +349,7 @@ def test_frozen_leaves_everything_as_it_was(fails, use_cache):
     model.config.use_cache = use_cache
     model.model.decoder.layers[0].eval()
     model.model.decoder.layers[1].self_attn.requires_grad_(False)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     before, states = state_of(model), random_states()
 
     def body():
@@ -387,7 +388,7 @@ def test_frozen_keeps_a_forward_of_the_layer_itself():
         return original(*args, **kwargs)
 
     layer.forward = hooked
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     with frozen(model):
         loss_of(model)
     assert len(calls) == 1
@@ -404,7 +405,7 @@ def test_dropout_is_off_and_checkpointing_goes_on(name, reentrant):
     if name != "llama":
         assert not torch.equal(loss_of(model).detach(), expected)
     if reentrant is not None:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
         model.enable_input_require_grads()
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     counts = [0] * len(layers)

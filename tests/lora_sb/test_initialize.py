@@ -15,6 +15,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
+from versions import checkpoint_activations
 
 from hf_reflora import LoraSbConfig, initialize_lora_sb_weights
 from hf_reflora.lora_sb.passes import plan_passes
@@ -391,7 +392,7 @@ def test_the_loss_falls(kind, update):
 def test_gradient_checkpointing_changes_nothing(checkpointing):
     base = tiny.llama(attention_dropout=0.2)
     expected = everything(initialize(get_peft_model(copy.deepcopy(base), config("lora_sb")), batches(6)))
-    base.activation_checkpointing_enable({"use_reentrant": checkpointing})
+    checkpoint_activations(base, {"use_reentrant": checkpointing})
     base.enable_input_require_grads()
     model = get_peft_model(base, config("lora_sb")).train()
     tiny.assert_same(everything(initialize(model, batches(6))), expected)
@@ -606,7 +607,7 @@ def test_no_graph_at_all(case):
         data, changes = [{"x": torch.ones(3, 6)}], {"forward_fn": plain_loss}
     else:
         model, data, changes = get_peft_model(tiny.llama(), config("lora_sb")).train(), batches(2), {}
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model.get_base_model(), {"use_reentrant": True})
         model.get_base_model().disable_input_require_grads()
     with pytest.raises(ValueError, match="No gradient reached"):
         initialize(model, data, **changes)

@@ -20,6 +20,7 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
+from versions import training_arguments
 
 
 SPECIAL = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -140,7 +141,7 @@ def chat_dataset(n: int = 8) -> Dataset:
 
 def arguments(output_dir, **changes) -> dict:
     """Keyword arguments of TrainingArguments or SFTConfig: 4 steps on the CPU, data in order, nothing reported."""
-    return {
+    settings = {
         "output_dir": str(output_dir),
         "max_steps": 4,
         "per_device_train_batch_size": 2,
@@ -156,6 +157,7 @@ def arguments(output_dir, **changes) -> dict:
         "disable_tqdm": True,
         **changes,
     }
+    return training_arguments(settings)
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
