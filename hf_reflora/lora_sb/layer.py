@@ -131,9 +131,9 @@ class LoraSbLayer(BaseTunerLayer):
         # To its device only. PEFT would cast to its dtype, too, and in bfloat16 B and A would not be orthonormal.
         if adapter_name not in self.lorasb_R:
             return
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        device = device or self.get_base_layer().weight.device
         # A tensor on the meta device has no data to move.
-        if device is None or device.type == "meta" or self.lorasb_R[adapter_name].device.type == "meta":
+        if device.type == "meta" or self.lorasb_R[adapter_name].device.type == "meta":
             return
         for tensors in (self.lorasb_R, self.lorasb_A, self.lorasb_B):
             tensors[adapter_name] = tensors[adapter_name].to(device)

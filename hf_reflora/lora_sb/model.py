@@ -72,7 +72,8 @@ class LoraSbModel(BaseTuner):
             return
         for layer in self.model.modules():
             if isinstance(layer, LoraSbLayer) and adapter_name in layer.lorasb_R:
-                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                base = layer.get_base_layer()
+                dtype = getattr(base, "compute_dtype", base.weight.dtype)  # of bitsandbytes' 4-bit layers
                 if dtype is not None and dtype.is_floating_point:
                     R = layer.lorasb_R[adapter_name]
                     layer.lorasb_R[adapter_name] = nn.Parameter(R.to(dtype), requires_grad=R.requires_grad)

@@ -11,6 +11,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
+from versions import UNCOUNTED_LABELS
 
 from hf_reflora import LoraSbCallback, RefLoraCallback, RefLoraTrainer, create_reflora_optimizer
 from hf_reflora.distributed import backend
@@ -50,7 +51,7 @@ def run_by_hand(settings, steps=4, accumulation=1, clip=1.0, autocast=False, tra
             for ids in tokens[step * accumulation : (step + 1) * accumulation]:
                 context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
                 with context:
-                    loss = model(ids, labels=ids, num_items_in_batch=torch.tensor(2 * 11 * accumulation)).loss
+                    loss = model(ids, labels=ids, num_items_in_batch=torch.tensor(2 * (12 - UNCOUNTED_LABELS) * accumulation)).loss
                 loss.backward()
             if clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -252,7 +253,8 @@ def test_such_optimizers_are_refused_in_person(tmp_path, kind):
     model = tiny.lora(tiny.llama())
     cls = LayerWiseDummyOptimizer if kind != "Lomo" else type("Lomo", (torch.optim.SGD,), {"fused_backward": None})
     optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=model, optimizers=(optimizer, None))
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=model, optimizers=(optimizer, schedule))
     with pytest.raises(ValueError, match=f"{kind} takes its step inside the backward pass"):
         trainer.train()
     with pytest.raises(ValueError, match=f"{kind} takes its step inside the backward pass"):

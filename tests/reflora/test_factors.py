@@ -186,7 +186,8 @@ def test_update_is_scaling_times_B_A(kind):
         assert len(delta) == pair.blocks
         for A, B, expert in zip(pair.split_A(pair.A), pair.split_B(pair.B), delta, strict=True):
             product = pair.scaling * B @ A
-            torch.testing.assert_close(product.T if kind == "experts transposed" else product, expert)
+            # PEFT versions differ in which of the experts' two dimensions they take for the input.
+            torch.testing.assert_close(product if product.shape == expert.shape else product.T, expert)
 
 
 @pytest.mark.parametrize("method", ["reflora", "reflora_s"])
@@ -284,6 +285,7 @@ def embedding_tied_to_head() -> nn.Module:
         )
 
 
+@needs("peft", "0.19", "weight tying of target modules")
 @pytest.mark.parametrize("method", ["reflora", "reflora_s"])
 def test_tied_embedding_and_head(method):
     """PEFT's ensure_weight_tying: the head's factors are other Parameters on the embedding's memory, transposed."""
@@ -304,6 +306,7 @@ def test_tied_embedding_and_head(method):
         torch.testing.assert_close(parameter.grad, value, rtol=1e-7, atol=1e-12)
 
 
+@needs("peft", "0.19", "weight tying of target modules")
 def test_rescaling_a_tied_embedding_and_head_is_refused():
     """Each of the two pairs would be scaled by the other's s, too: norms would swap, moments go wrong."""
     model = embedding_tied_to_head()
