@@ -12,7 +12,8 @@ from .report.recorder import RunRecordCallback
 from .trainers.arguments import LoraSbArguments, RefLoraArguments
 from .trainers.checkpoints import WholeCheckpointsMixin, last_checkpoint
 from .trainers.publishing import PublishingMixin
-from .trainers.trainers import LoraSbSFTTrainer, RefLoraDPOTrainer, RefLoraSFTTrainer, RefLoraTrainer
+from .trainers.trainers import RefLoraTrainer
+from .trainers.trl_trainers import LoraSbSFTTrainer, RefLoraDPOTrainer, RefLoraSFTTrainer
 
 __all__ = [
     "LoraSbArguments",

@@ -8,6 +8,7 @@ os.environ.update({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_B
 
 import pytest
 import torch
+import versions
 
 
 torch.set_num_threads(1)
@@ -31,3 +32,22 @@ def pytest_collection_finish():
     """Each train() collects garbage twice, which takes half a second with all that was imported, and else none."""
     gc.collect()
     gc.freeze()
+
+
+def _skip_what_peft_cannot():
+    try:
+        return (yield)
+    except ImportError as error:
+        if versions.lora_sb_needs_newer_peft(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _skip_what_peft_cannot())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _skip_what_peft_cannot())

@@ -6,6 +6,8 @@ from enum import Enum
 
 from peft.config import PeftConfig
 
+from ..requirements import require
+
 
 class LoraSbPeftType(str, Enum):
     """LoRA-SB's `peft_type` in `adapter_config.json`.
@@ -49,6 +51,7 @@ class LoraSbConfig(PeftConfig):
             counts.
 
     Raises:
+        ImportError: With PEFT before 0.21, which saves and loads adapters of its own types only.
         ValueError: for a value out of range, or options that exclude each other.
 
     Example:
@@ -86,6 +89,14 @@ class LoraSbConfig(PeftConfig):
     )
 
     def __post_init__(self):
+        # Here, and not where the module is imported: that happens whenever PEFT is, and an older one is no harm until
+        # somebody asks for such an adapter. Before 0.21 PEFT saves and loads the types in its own PeftType only.
+        require(
+            "peft",
+            "0.21",
+            "LoRA-SB adapters are saved and loaded by",
+            "With an older one give a LoraConfig to LoraSbCallback: it initializes an ordinary LoRA in that subspace.",
+        )
         super().__post_init__()
         self.peft_type = LoraSbPeftType.LORASB
         # PEFT compares with sets; a JSON file and a command line have lists.

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..trainers.checkpoints import WholeCheckpointsMixin
 from ..trainers.publishing import PublishingMixin
-from ..trainers.trainers import RefLoraDPOTrainer
+from ..trainers.trl_trainers import RefLoraDPOTrainer
 from .options import Options, RecipeParser
 from .run import Run
 

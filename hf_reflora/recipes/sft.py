@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..trainers.checkpoints import WholeCheckpointsMixin
 from ..trainers.publishing import PublishingMixin
-from ..trainers.trainers import RefLoraSFTTrainer
+from ..trainers.trl_trainers import RefLoraSFTTrainer
 from .options import Options, RecipeArguments, RecipeParser
 from .run import Run
 from .scores import SCORES, Scorer

@@ -2,19 +2,30 @@
 
 import os
 import re
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from transformers.utils import logging
 
 from .record import RunRecord
 
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+logger = logging.get_logger(__name__)
+
+
 def plot(record: RunRecord, path: str | os.PathLike) -> bool:
-    """Draws a run as a PNG and returns whether there was anything to draw.
+    """Draws a run as a PNG and returns whether it did: without matplotlib, or a loss in the record, there is no plot.
 
     A drawing that fails leaves an older file as it was.
     """
     if not record.losses:
+        return False
+    try:
+        from matplotlib.figure import Figure  # here, because it is optional and takes half a second to import
+    except ModuleNotFoundError:
+        logger.warning_once('The plot is left out, for matplotlib is not installed: pip install "hf_reflora[hub]"')
         return False
     scores = bool(record.compared_scores)
     figure = Figure(figsize=(10 if scores else 6, 3.6), layout="constrained")
@@ -29,7 +40,7 @@ def plot(record: RunRecord, path: str | os.PathLike) -> bool:
     return True
 
 
-def _draw_loss(axes: Axes, record: RunRecord) -> None:
+def _draw_loss(axes: "Axes", record: RunRecord) -> None:
     axes.plot(*zip(*record.losses, strict=True), marker=".", color="tab:blue")
     model = record.base_model or re.split(r"[/\\]", record.model)[-1]  # a path of Windows, too
     axes.set(xlabel="optimizer step", ylabel="training loss", title=f"{record.method} on {model}")
@@ -37,7 +48,7 @@ def _draw_loss(axes: Axes, record: RunRecord) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_scores(axes: Axes, record: RunRecord) -> None:
+def _draw_scores(axes: "Axes", record: RunRecord) -> None:
     names = record.compared_scores
     sides = ((-0.2, "before", record.before, "tab:gray"), (0.2, "after", record.after, "tab:blue"))
     for offset, when, values, color in sides:

@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import os
 import re
+import sys
 import time
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import datasets
 from accelerate.state import PartialState
 from peft import PeftModel, TaskType
 from transformers import TrainerCallback
@@ -235,7 +235,9 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
 
     Id and commit on the Hub, configuration, split, fingerprint and number of rows, as far as they are known.
     """
-    if not isinstance(dataset, datasets.Dataset):
+    # Whoever has such a dataset has imported its library; RefLoRA itself does without.
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(dataset, datasets.Dataset):
         return {}
     # A dataset of the Hub tells its origin by its place in the cache only:
     # …/org___name/configuration/version/commit/….arrow

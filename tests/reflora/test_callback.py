@@ -51,7 +51,9 @@ def run_by_hand(settings, steps=4, accumulation=1, clip=1.0, autocast=False, tra
             for ids in tokens[step * accumulation : (step + 1) * accumulation]:
                 context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
                 with context:
-                    loss = model(ids, labels=ids, num_items_in_batch=torch.tensor(2 * (12 - UNCOUNTED_LABELS) * accumulation)).loss
+                    loss = model(
+                        ids, labels=ids, num_items_in_batch=torch.tensor(2 * (12 - UNCOUNTED_LABELS) * accumulation)
+                    ).loss
                 loss.backward()
             if clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

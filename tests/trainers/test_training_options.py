@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 from adapter_layers import adapters, everything
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from versions import UNCOUNTED_LABELS
 
 from hf_reflora import (
     LoraSbCallback,
