@@ -214,6 +214,15 @@ def test_files_that_are_named_exist(name):
             assert list((ROOT / row[1]).glob(file)), f"{name}: {row[1]}{file}"
 
 
+def test_oldest_versions_are_those_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    [sentence] = re.findall(r"The oldest supported versions are ([^§]*?)\.\n", README)
+    named = dict(re.findall(r"(torch|transformers|peft|accelerate|huggingface-hub|trl) (\d+\.\d+)", sentence))
+    assert len(named) == 6
+    assert all(re.search(rf'"{package}>={version}"', text) for package, version in named.items())
+    assert re.search(rf'requires-python = ">={re.findall("Python ([0-9.]+[0-9])", sentence)[0]}"', text)
+
+
 def test_every_package_is_in_the_readme():
     packages = {path.parent.name for path in (ROOT / "hf_reflora").glob("*/__init__.py")}
     assert packages == set(re.findall(r"^\| `hf_reflora/(\w+)/` \|", README, re.M))
