@@ -187,6 +187,7 @@ if __name__ == "__main__":
     results = {}
     for way in WAYS:
         print(f"{way}: {WAYS[way]} ...", file=sys.stderr)
+        # A process of its own: what one way has allocated stays with the process and would hide the next one's peak.
         command = [sys.executable, __file__, "--way", way, "--rank", str(options.rank), "--device", options.device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[way] = json.loads(done.stdout.splitlines()[-1])

@@ -33,6 +33,7 @@ def pad_batches(batches: list[Any]) -> list[int]:
     dist.all_gather_object(counts, len(batches))
     if max(counts) == 0:
         raise ValueError("The dataloader has no batches on any process. Give at least one sample.")
+    # From the first process that has the most; every process takes part in the broadcast, whether it needs it or not.
     borrowed = [batches[0] if batches else None]
     dist.broadcast_object_list(borrowed, src=counts.index(max(counts)))
     missing = max(counts) - len(batches)
@@ -74,7 +75,7 @@ def share_factors(
     try:
         for name in list(gradients):
             results[name] = compute(name, gradients.pop(name))
-    except Exception as raised:
+    except Exception as raised:  # of this process's SVDs; the others wait for their results below
         error = raised
     raise_on_every_process(error)
     for name, owner in owners.items():

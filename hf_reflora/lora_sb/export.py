@@ -69,6 +69,7 @@ def export_lora(
     folded, ranks = dict(others), {}
     lost_energy, energy = {}, {}  # ‖ΔW − ΔW_k‖_F² and ‖ΔW‖_F² by layer
     for name, (A, B, R) in layers.items():
+        # In float64, so that the only rounding is that of the product to float32.
         lora_A, lora_B = A.double(), config.scaling * (B.double() @ R.double())  # s B R A = lora_B lora_A
         module = _module_name(name)
         lost_energy[module] = 0.0
@@ -76,6 +77,7 @@ def export_lora(
         if rank is not None and rank < len(lora_A):
             lora_A, lora_B, lost_energy[module] = _truncate(lora_A, lora_B, rank)
         ranks[module] = len(lora_A)
+        # safetensors takes contiguous tensors only.
         folded[f"{name}.lora_A.weight"] = lora_A.float().contiguous()
         folded[f"{name}.lora_B.weight"] = lora_B.float().contiguous()
     _write(output, _lora_config(config, ranks), folded)
@@ -120,7 +122,7 @@ def _layers(tensors: dict[str, Tensor]) -> tuple[dict[str, list[Tensor]], dict[s
     for name, (A, B, R) in layers.items():
         if not all(torch.isfinite(tensor).all() for tensor in (A, B, R)):
             raise ValueError(f"The adapter has values that are not finite, in {_module_name(name)}.")
-        if not A.any():
+        if not A.any():  # as a new adapter with init_weights="lora_sb" has it
             raise ValueError(f"The adapter is not initialized yet: A is 0 in {_module_name(name)}. Train it first.")
     # Where lm_head is adapted, PEFT saves its base weight, too, which is no part of the adapter.
     return layers, {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
@@ -151,6 +153,7 @@ def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
         return "^" + name if clash else name
 
     pattern = {key(name): own for name, own in ranks.items() if own != r}
+    # What names the base model and the layers; the rest of LoraConfig keeps its defaults.
     copied = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "target_modules", "exclude_modules")
     copied += ("layers_to_transform", "layers_pattern", "modules_to_save")
     return LoraConfig(

@@ -100,11 +100,12 @@ class LoraSbModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
 
         def add_names(module, args, kwargs):
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else next(iter(kwargs.values()))  # some models call layers with input=x
             # Beam search repeats each row for its beams, except in an encoder, which sees it once.
             repeats = beams if len(x) == beams * len(adapter_names) else 1
             return args, kwargs | {"adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
+        # Modules of `modules_to_save` choose their copy by adapter_names, too.
         targets = [*layers, *(m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper))]
         handles = [module.register_forward_pre_hook(add_names, with_kwargs=True) for module in targets]
         try:
