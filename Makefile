@@ -27,7 +27,7 @@ space: $(VENV)/space ## Open the page that shows the demo's adapter beside its b
 	BASE_MODEL=$$($(VENV)/bin/python -m hf_reflora.recipes.embedded_model) ADAPTERS=runs/smollm2-135m-reflora \
 		$(VENV)/bin/python spaces/before_after/app.py
 
-cards: $(VENV)/demo ## Render model_cards/ anew from the records
+cards: $(VENV)/demo ## Render model_cards/ again from the records
 	for record in benchmarks/records/smollm2-135m/*-seed0.json; do \
 		name=smollm2-135m-$$(basename $$record -seed0.json); \
 		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
