@@ -6,7 +6,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import (
+    HFValidationError,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 
 from .retry import TOKENS, PushError, call_hub
 
@@ -182,7 +188,9 @@ def _check_namespace(repo: Repo, me: dict[str, Any]) -> None:
 def _check_write(repo: Repo) -> None:
     def attempt() -> None:
         try:
-            repo.api.auth_check(repo.id, repo_type=repo.type, write=True)
+            # What HfApi.auth_check(write=True) asks; huggingface_hub 1.3 has no such argument.
+            address = f"{repo.api.endpoint}/api/{repo.type}s/{repo.id}/auth-check/write"
+            hf_raise_for_status(get_session().get(address, headers=build_hf_headers(token=repo.api.token)))
         except RepositoryNotFoundError:
             return  # the server does not know this request, so the commit will show whether the user may write
 

@@ -326,6 +326,8 @@ class Hub(ThreadingHTTPServer):
         kind, namespace = body.get("type") or "model", body.get("organization") or user["name"]
         right = f'the rights to {what} a {kind} under the namespace "{namespace}"'
         require(self.may(user, namespace, True), 403, f"You don't have {right}")
+        if body.get("private"):  # as huggingface_hub 1.x asks for it
+            body["visibility"] = "private"
         options = {key: body[key] for key in ("visibility", "sdk", "hardware") if body.get(key)}
         repo = Repo(f"{kind}s", f"{namespace}/{body['name']}", user["name"], **options)
         request.note, url = repo.key, f"{self.url}/{repo.key}"
