@@ -103,7 +103,8 @@ def initialize_lora_sb_weights(
         disable=not show_progress_bar or (processes > 1 and dist.get_rank() != 0),
     )
     task = _Initialization(model, layers, adapter_name, eta, update, forward_fn or mean_loss, is_sharded, progress)
-    with progress, frozen(model), model.disable_adapter():
+    # In this order: PEFT 0.18 lets the originals of modules_to_save be trained while the adapter is disabled.
+    with progress, model.disable_adapter(), frozen(model):
         for group in groups:
             task.run_pass(group, batches, weights, within_backward)
     reshard(model)  # FSDP2 would throw away what is written to a module that the last pass left unsharded

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
+from ..requirements import require
 from ..trainers.checkpoints import WholeCheckpointsMixin
 from ..trainers.publishing import PublishingMixin
 from ..trainers.trl_trainers import RefLoraDPOTrainer
@@ -46,7 +47,16 @@ def loss_at_the_reference(beta: float) -> Callable[[nn.Module, dict[str, Any]], 
 
     LoRA-SB takes the gradient without the adapter. There the model is its own reference, so one forward pass gives
     both log-probabilities of DPO's margin.
+
+    Raises:
+        ImportError: With TRL before 1.15, whose LM head does not return them.
     """
+    require(
+        "trl",
+        "1.15",
+        "LoRA-SB's start of a DPO training takes the log-probabilities from the LM head of",
+        "With an older one start from LoRA's own initialization.",
+    )
 
     def forward_fn(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)

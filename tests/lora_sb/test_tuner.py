@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import reference_sb
 import tiny
@@ -14,7 +15,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -816,10 +817,10 @@ def test_pefts_own_conversion_to_lora(kind, convert, tmp_path):
     model = sb(kind, scaling=0.5)
     expected = run(model).detach()
     if convert == "save_as_lora":
-        save_as_lora(tmp_path, model, rank=4)
+        peft.save_as_lora(tmp_path, model, rank=4)
         converted = PeftModel.from_pretrained(KINDS[kind][0](), tmp_path).eval()
     else:
-        config, state_dict = convert_to_lora(model, rank=4)
+        config, state_dict = peft.convert_to_lora(model, rank=4)
         assert all("lora_A" in name or "lora_B" in name for name in state_dict)
         converted = get_peft_model(KINDS[kind][0](), config).eval()
         set_peft_model_state_dict(converted, state_dict)

@@ -218,7 +218,7 @@ learning_rate: 2.0e-4
 report_to: none
 use_cpu: true
 bf16: false
-activation_checkpointing: false
+gradient_checkpointing: false
 """
 PARSED = (ScriptArguments, SFTConfig, ModelConfig, RefLoraArguments)
 

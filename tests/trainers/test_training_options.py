@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from adapter_layers import adapters, everything
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from versions import UNCOUNTED_LABELS
+from versions import UNCOUNTED_LABELS, needs
 
 from hf_reflora import (
     LoraSbCallback,
@@ -68,6 +68,8 @@ def small_memory(trainer, batch: int, where: str) -> list[tuple]:
     return seen
 
 
+@needs("accelerate", "1.9", "a batch size that shrinks by a tenth")
+@needs("peft", "0.21", "a forward pass that runs the base model's hooks")
 @pytest.mark.parametrize(
     ("method", "where"), [*((m, "training") for m in [*REFLORA, *SB]), *((m, "always") for m in SB)]
 )
@@ -93,6 +95,8 @@ def test_auto_find_batch_size(tmp_path, method, where):
         assert rows(run) == rows(plain)
 
 
+@needs("accelerate", "1.9", "a batch size that shrinks by a tenth")
+@needs("peft", "0.21", "a forward pass that runs the base model's hooks")
 @pytest.mark.parametrize("method", REFLORA)
 def test_auto_find_batch_size_after_a_step(tmp_path, method):
     """A longer batch that does not fit any more: the Trainer goes on from where the model and AdamW are."""
