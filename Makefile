@@ -56,8 +56,12 @@ test-oldest-publishing test-newest-publishing: test-%-publishing: $(VENV)-%/read
 	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu" $(PUBLISHING_TESTS)
 	HUB_TESTS=lfs $(VENV)-$*/bin/python -m pytest tests/hub/against_server -k "not recipe"
 
-lint: $(VENV)/test ## Check style
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+lint: $(VENV)/test ## Check style, layers and types, those also as on Windows
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --platform win32
 
 clean: ## Remove the virtual environment and the runs
 	rm -rf $(VENV) runs

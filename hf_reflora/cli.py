@@ -112,7 +112,7 @@ def export(options: argparse.Namespace) -> None:
     if options.rank is None:
         print("Exact: the same function as the LoRA-SB adapter.")
     else:
-        worst = max(report.relative_error_by_layer, key=report.relative_error_by_layer.get)
+        worst = max(report.relative_error_by_layer, key=lambda name: report.relative_error_by_layer[name])
         print(
             f"Relative error of the update by truncation: {report.relative_error:.2e} in all, "
             f"{report.relative_error_by_layer[worst]:.2e} in the worst layer, {worst}."

@@ -55,6 +55,7 @@ def test_peak_memory_is_windows_own_peak_or_left_out(monkeypatch):
             return type("pmem", (), {"rss": 1_000_000_000, "peak_wset": 2_000_000_000})
 
     monkeypatch.setattr(environment.psutil, "Process", Process)
+    monkeypatch.setattr(sys, "platform", "win32")
     assert peak_memory_gb()["host"] == 2.0
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "resource", None)

@@ -132,7 +132,7 @@ def push_prepared(
             )
             (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")
         files = sorted(path for path in staged.rglob("*") if path.is_file())
-        check_files(staged, files, [repo.api.token])
+        check_files(staged, files, [str(repo.api.token or "")])
         commit = upload(repo, staged, message)
         return Push(commit, repo.id, [f.relative_to(staged).as_posix() for f in files], left_out, kept_card)
 

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -104,12 +104,16 @@ def prepare_space(
         call_hub(create, f"Creating the Space {repo.id}", repo.user)
     elif info.sdk != "gradio":
         raise PushError(f"The Space {repo.id} is one of {info.sdk}, not of gradio. Choose another name.")
-    settings = [(repo.api.add_space_variable, key, value) for key, value in (variables or {}).items()]
+    settings: list[tuple[Any, str, str]] = [
+        (repo.api.add_space_variable, key, value) for key, value in (variables or {}).items()
+    ]
     settings += [(repo.api.add_space_secret, key, value) for key, value in (secrets or {}).items()]
     for add, key, value in settings:
         call_hub(functools.partial(add, repo.id, key, value), f"Setting {key} of {repo.id}", repo.user)
     if hardware is not None:
-        ask = functools.partial(repo.api.request_space_hardware, repo.id, hardware)
+        ask = functools.partial(
+            repo.api.request_space_hardware, repo.id, cast(Any, hardware)
+        )  # a name, also one newer than the enum
         call_hub(ask, f"Asking for {hardware} for {repo.id}", repo.user)
     return repo
 

@@ -83,7 +83,7 @@ def _stop_at_conflict(response: Any) -> None:
             raise httpx.ReadError(f"The Hub answers that {CONFLICT}", request=response.request)
 
 
-def _response(error: BaseException) -> Any:
+def _response(error: BaseException | None) -> Any:
     # The upload of LFS files raises a RuntimeError from the HTTP error.
     while error is not None:
         if isinstance(error, HfHubHTTPError):

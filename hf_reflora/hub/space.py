@@ -65,7 +65,7 @@ def deploy_space(
     secrets, warnings = dict(secrets or {}), []
     token = token or get_token()
     closed = [name for name in (base, *adapters) if token and not is_public(name)]
-    if closed and "HF_TOKEN" not in secrets:
+    if token and closed and "HF_TOKEN" not in secrets:
         secrets["HF_TOKEN"] = token
         warnings.append(
             f"Not everybody can read {', '.join(closed)}, so the Space got your token as its secret HF_TOKEN; who "

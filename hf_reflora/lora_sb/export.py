@@ -154,7 +154,14 @@ def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
 
     pattern = {key(name): own for name, own in ranks.items() if own != r}
     # What names the base model and the layers; the rest of LoraConfig keeps its defaults.
-    copied = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "target_modules", "exclude_modules")
+    copied: tuple[str, ...] = (
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "auto_mapping",
+        "target_modules",
+        "exclude_modules",
+    )
     copied += ("layers_to_transform", "layers_pattern", "modules_to_save")
     return LoraConfig(
         r=r,

@@ -143,7 +143,7 @@ class Linear(nn.Module, LoraSbLayer):
     """LoRA-SB on `nn.Linear`, bitsandbytes' `Linear4bit` and `Linear8bitLt`, and transformers' `Conv1D`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: LoraSbConfig):
-        super().__init__()  # nn.Module's, which does not call that of LoraSbLayer
+        nn.Module.__init__(self)  # which does not call that of LoraSbLayer
         LoraSbLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
@@ -250,11 +250,11 @@ class Linear(nn.Module, LoraSbLayer):
             return
         import bitsandbytes as bnb
 
-        old, state = base.weight, getattr(base, "state", None)
+        old = base.weight
         if kind == "Int8Params":
             # Quantized on the way to the device, hence first to the CPU. The layer's state caches the old weight.
             new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
-            state.reset_grads()
+            base.state.reset_grads()
         else:
             # The constructor takes what the instance holds, but neither the data nor its private attributes.
             settings = {k: v for k, v in vars(old).items() if k != "data" and not k.startswith("_")}

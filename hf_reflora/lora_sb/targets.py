@@ -1,5 +1,7 @@
 """The layers of an adapter that LoRA-SB can initialize: those of a `LoraSbConfig` and of an ordinary `LoraConfig`."""
 
+from typing import TypeAlias
+
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -10,7 +12,7 @@ from .config import LoraSbConfig
 from .layer import LoraSbLayer
 
 
-AdapterLayer = LoraSbLayer | LoraLayer
+AdapterLayer: TypeAlias = LoraSbLayer | LoraLayer
 
 
 def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, AdapterLayer]:

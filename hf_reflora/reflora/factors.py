@@ -5,6 +5,7 @@ adapters. The pairs are therefore looked up from the layers, which stay, at each
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.detach().permute(0, *order).view(len(tensor), math.prod(tensor.shape[1:]))
 
 
-def blocks_of_A(pairs: list[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
+def blocks_of_A(pairs: Sequence[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
     """The blocks of one tensor of A's shape for each pair, in one list; None for each block of a missing tensor."""
     return [
         block
@@ -64,7 +65,7 @@ def blocks_of_A(pairs: list[LoraPair], tensors: list[Tensor | None]) -> list[Ten
     ]
 
 
-def blocks_of_B(pairs: list[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
+def blocks_of_B(pairs: Sequence[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
     """The blocks of one tensor of B's shape for each pair, as `blocks_of_A`."""
     return [
         block
@@ -88,7 +89,9 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
     Raises:
         ValueError: A trainable pair is of a variant whose update is not B @ A, or shares one factor with another.
     """
-    pairs, seen, factors = [], set(), set()
+    pairs: list[LoraPair] = []
+    seen: set[tuple[int, int]] = set()
+    factors: set[int] = set()
     for name, layer in layers.items():
         for adapter in layer.r:
             A, B = _factors(layer, adapter)

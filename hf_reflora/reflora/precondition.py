@@ -115,12 +115,13 @@ def rescale_(
 
 def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None:
     """grads[i] ← S[i] grads[i] (left) or grads[i] S[i], in place; gradients of one shape in one batch."""
-    present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-    for group in group_indices([(grad.shape, grad.dtype, grad.device) for _, grad in present]):
-        indices = [present[i][0] for i in group]
-        stack = torch.stack([grads[i] for i in indices]).to(S.dtype)
+    present = {i: grad for i, grad in enumerate(grads) if grad is not None}
+    where = list(present)
+    for group in group_indices([(grad.shape, grad.dtype, grad.device) for grad in present.values()]):
+        indices = [where[i] for i in group]
+        stack = torch.stack([present[i] for i in indices]).to(S.dtype)
         # Indexing with a list would copy the indices to the device and wait for it; stacking views does not.
         T = S if len(indices) == len(S) else torch.stack([S[i] for i in indices])
         product = T @ stack if left else stack @ T
         for i, value in zip(indices, product.unbind(0), strict=True):
-            grads[i].copy_(value)
+            present[i].copy_(value)

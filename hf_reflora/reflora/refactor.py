@@ -174,7 +174,7 @@ def refactorings(
     eps: float | None,
     dtype: torch.dtype,
     inverse_steps: Sequence[float] | None,
-    sum_over_shards: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
+    sum_over_shards: Callable[..., Tensor] | None = None,  # (values, indices)
 ) -> Iterator[tuple[list[int], Refactoring]]:
     """The refactorings of pairs of any ranks and devices, batch by batch: (indices of the pairs, refactoring).
 

@@ -112,16 +112,16 @@ class DeepSpeedStep(PlainStep):
     ) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
         """By the pair's name, for each of its blocks, S⁻¹ and S (r, r), or the numbers 1/s and s for "reflora_s"."""
         if self.settings.method == "reflora_s":
-            by_block = [(s.reciprocal(), s) for s in self._scalars(pairs, optimizer)]
+            by_block = {i: (s.reciprocal(), s) for i, s in enumerate(self._scalars(pairs, optimizer))}
         else:
             As, Bs = blocks_of_A(pairs, [pair.A for pair in pairs]), blocks_of_B(pairs, [pair.B for pair in pairs])
             inverse_steps = self._inverse_steps(pairs, optimizer)
             eps, dtype = self.settings.eps, self.settings.torch_dtype
-            by_block = [None] * len(As)
+            by_block = {}
             for indices, R in refactorings(As, Bs, eps=eps, dtype=dtype, inverse_steps=inverse_steps):
                 for i, S_inv, S in zip(indices, R.S_inv, R.S, strict=True):
                     by_block[i] = S_inv, S
-        blocks = iter(by_block)
+        blocks = (by_block[i] for i in range(len(by_block)))
         by_pair = {pair.name: [next(blocks) for _ in range(pair.blocks)] for pair in pairs}
         return {name: ([left for left, _ in both], [right for _, right in both]) for name, both in by_pair.items()}
 

@@ -1,6 +1,7 @@
 """RefLoRA's part of an optimizer step where every process holds the full factors: one device, or DDP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -80,8 +81,8 @@ class PlainStep:
         _check_no_shared_memory([self._local(factor) for pair in pairs for factor in (pair.A, pair.B)])
         moments_A, moments_B = [], []
         for pair in pairs:
-            moments_A += moments(optimizer, pair.A, lambda t, pair=pair: pair.split_A(self._local(t)), pair.blocks)
-            moments_B += moments(optimizer, pair.B, lambda t, pair=pair: pair.split_B(self._local(t)), pair.blocks)
+            moments_A += moments(optimizer, pair.A, partial(self._split_local, pair.split_A), pair.blocks)
+            moments_B += moments(optimizer, pair.B, partial(self._split_local, pair.split_B), pair.blocks)
         rescale_(
             blocks_of_A(pairs, [self._local(pair.A) for pair in pairs]),
             blocks_of_B(pairs, [self._local(pair.B) for pair in pairs]),
@@ -106,6 +107,9 @@ class PlainStep:
         else:
             eps, dtype = self.settings.eps, self.settings.torch_dtype
             precondition_(As, Bs, *gradients, eps=eps, dtype=dtype, inverse_steps=inverse_steps)
+
+    def _split_local(self, split: Callable[[Tensor], tuple[Tensor, ...]], tensor: Tensor) -> tuple[Tensor, ...]:
+        return split(self._local(tensor))
 
     def _local(self, tensor: Tensor) -> Tensor:
         """What this process holds of a factor or of a moment."""

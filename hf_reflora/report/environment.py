@@ -116,9 +116,8 @@ def _peak_host_bytes() -> int | None:
     """The largest resident set of this process so far; None where the system does not say."""
     # psutil reports the current size everywhere and the peak only on Windows; Unix reports it through `resource`,
     # a module that Windows does not have.
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):
-        return memory.peak_wset
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     try:
         import resource
     except ImportError:

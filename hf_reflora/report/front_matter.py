@@ -59,7 +59,8 @@ def own_entries(card: str) -> OwnEntries:
         ValueError: the front matter is not YAML.
     """
     data = read_front_matter(card)
-    tags = data.get("tags") if isinstance(data.get("tags"), list) else []
+    tags = data.get("tags")
+    tags = tags if isinstance(tags, list) else []
     added = LIBRARY_TAGS | {tag for method in METHODS.values() for tag in method.tags}
     license = data.get("license")
     return OwnEntries(

@@ -69,7 +69,8 @@ class RunRecordCallback(TrainerCallback):
         self.facts = facts
         self.resumed_from: str | os.PathLike | None = None
         self.record = RunRecord(scores={"before": {}, "after": {}})
-        self._model, self._state = None, None
+        self._model: Any = None
+        self._state: Any = None
         self._begin: float | None = None  # time.monotonic() when training began, None while nothing trains
         self._saved_step: int | None = None  # of the last checkpoint that has its record
 

@@ -1,6 +1,7 @@
 """The methods' settings as dataclasses for `TrlParser` and `HfArgumentParser`."""
 
 from dataclasses import Field, dataclass, field, make_dataclass
+from typing import Any
 
 from ..lora_sb.callback import LoraSbCallback
 from ..reflora.callback import RefLoraCallback
@@ -10,7 +11,7 @@ from ..reflora.settings import optional_settings
 PREFIX = "reflora_"
 
 
-def _option(setting: Field) -> tuple[str, type, Field]:
+def _option(setting: Field) -> tuple[str, Any, Field]:
     return f"{PREFIX}{setting.name}", setting.type, field(default=setting.default, metadata=setting.metadata)
 
 
