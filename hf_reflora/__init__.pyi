@@ -10,18 +10,18 @@ from .reflora.optimizer import create_reflora_optimizer
 from .reflora.settings import RefLora
 from .report.recorder import RunRecordCallback
 from .trainers.arguments import LoraSbArguments, RefLoraArguments
-from .trainers.checkpoints import WholeCheckpointsMixin, last_checkpoint
-from .trainers.publishing import PublishingMixin
+from .trainers.checkpoints import last_checkpoint
+from .trainers.mixin import AdapterTrainerMixin
 from .trainers.trainers import RefLoraTrainer
 from .trainers.trl_trainers import LoraSbSFTTrainer, RefLoraDPOTrainer, RefLoraSFTTrainer
 
 __all__ = [
+    "AdapterTrainerMixin",
     "LoraSbArguments",
     "LoraSbCallback",
     "LoraSbConfig",
     "LoraSbModel",
     "LoraSbSFTTrainer",
-    "PublishingMixin",
     "PushError",
     "RefLora",
     "RefLoraArguments",
@@ -30,7 +30,6 @@ __all__ = [
     "RefLoraSFTTrainer",
     "RefLoraTrainer",
     "RunRecordCallback",
-    "WholeCheckpointsMixin",
     "create_reflora_optimizer",
     "export_lora",
     "initialize_lora_sb_weights",

@@ -26,14 +26,13 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from ..trainers.checkpoints import WholeCheckpointsMixin
-from ..trainers.publishing import PublishingMixin
+from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trainers import RefLoraTrainer
 from .options import Options, RecipeArguments, RecipeParser
 from .run import Run
 
 
-class LoraTrainer(WholeCheckpointsMixin, PublishingMixin, Trainer):
+class LoraTrainer(AdapterTrainerMixin, Trainer):
     """The trainer of LoRA, to compare with, and of LoRA-SB."""
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from ..requirements import require
-from ..trainers.checkpoints import WholeCheckpointsMixin
-from ..trainers.publishing import PublishingMixin
+from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraDPOTrainer
 from .options import Options, RecipeParser
 from .run import Run
@@ -32,7 +31,7 @@ PLAIN_LOSS = {
 }
 
 
-class LoraDPOTrainer(WholeCheckpointsMixin, PublishingMixin, DPOTrainer):
+class LoraDPOTrainer(AdapterTrainerMixin, DPOTrainer):
     """The trainer of LoRA, to compare with, and of LoRA-SB."""
 
     _tag_names = ["trl", "dpo"]

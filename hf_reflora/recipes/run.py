@@ -93,7 +93,7 @@ class Run:
         """`plain(**arguments)` or, for RefLoRA, `reflora(**arguments)`, with the callbacks of the method and start.
 
         Args:
-            plain: The trainer of LoRA and LoRA-SB, with `WholeCheckpointsMixin` and `PublishingMixin`.
+            plain: The trainer of LoRA and LoRA-SB, with `AdapterTrainerMixin`.
             reflora: The trainer of RefLoRA.
             forward_fn: See `LoraSbCallback`. Default: the loss that the model computes itself.
             arguments: What both trainers take besides `args` and `callbacks`.

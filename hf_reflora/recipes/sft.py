@@ -19,15 +19,14 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ..trainers.checkpoints import WholeCheckpointsMixin
-from ..trainers.publishing import PublishingMixin
+from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraSFTTrainer
 from .options import Options, RecipeArguments, RecipeParser
 from .run import Run
 from .scores import SCORES, Scorer
 
 
-class LoraSFTTrainer(WholeCheckpointsMixin, PublishingMixin, SFTTrainer):
+class LoraSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     """The trainer of LoRA, to compare with, and of LoRA-SB."""
 
     _tag_names = ["trl", "sft"]

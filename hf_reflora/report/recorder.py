@@ -99,6 +99,16 @@ class RunRecordCallback(TrainerCallback):
             self._diagnose()
         return self.write(folder)
 
+    def write_checkpoint(self, folder: str | os.PathLike) -> None:
+        """`write_together` for the checkpoint of this step, once.
+
+        The trainers of hf_reflora call it before the checkpoint counts as complete; a stock trainer calls `on_save`
+        afterwards.
+        """
+        if self._saved_step != self._state.global_step:
+            self.write_together(folder)
+            self._saved_step = self._state.global_step
+
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if not isinstance(model, PeftModel):
             return  # on_train_begin raises; here a method's own check would not be reached, which says it better
@@ -179,10 +189,7 @@ class RunRecordCallback(TrainerCallback):
         self.record.update(scores={when: scores, **({"rows": len(rows)} if hasattr(rows, "__len__") else {})})
 
     def on_save(self, args, state, control, **kwargs):
-        # The trainers of hf_reflora call it earlier themselves, before the checkpoint counts as complete.
-        if self._saved_step != state.global_step:
-            self.write_together(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            self._saved_step = state.global_step
+        self.write_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self._refresh()

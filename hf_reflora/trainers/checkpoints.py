@@ -1,4 +1,12 @@
-"""Checkpoints that a kill at any moment cannot spoil: which of them are whole, and a Trainer that uses only those."""
+"""Checkpoints that a kill at any moment cannot spoil: which of them are complete, and which of them to keep.
+
+A checkpoint is complete when its trainer_state.json is. `AdapterTrainerMixin` writes that file when every process has
+written everything else, and removes it before a folder is written a second time; `rotate` removes it before a folder
+is deleted. So whatever a kill leaves of a checkpoint is not taken for a complete one.
+
+Made for killed processes (SIGKILL, out of memory, preemption). A power failure can take what the operating system had
+not yet put on the disk.
+"""
 
 import json
 import os
@@ -8,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -18,8 +27,8 @@ logger = logging.get_logger(__name__)
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
-def is_whole(folder: str | os.PathLike) -> bool:
-    """Whether everything of a checkpoint was written: its trainer_state.json, which is written last, is complete."""
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether everything of a checkpoint was written, which its trainer_state.json tells, because it comes last."""
     try:
         state = json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -28,114 +37,82 @@ def is_whole(folder: str | os.PathLike) -> bool:
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint of the highest step in a Trainer's `output_dir`; None if there is none, or no such folder.
+    """The complete checkpoint of the highest step in a Trainer's `output_dir`; None if there is none, or no folder.
 
     Example:
         >>> trainer.train(resume_from_checkpoint=last_checkpoint("runs/capybara"))
     """
-    found = _checkpoints(output_dir)
-    return next((str(found[step]) for step in sorted(found, reverse=True) if is_whole(found[step])), None)
+    folders = _checkpoints(output_dir)
+    return next((str(folders[step]) for step in sorted(folders, reverse=True) if is_complete(folders[step])), None)
 
 
-class WholeCheckpointsMixin:
-    """For a `Trainer`, before it in the list of bases: a run killed at any moment, resumed, goes on where it was.
+def checkpoint_to_resume(
+    asked: str | os.PathLike | bool | None, args: TrainingArguments
+) -> str | os.PathLike | bool | None:
+    """What `Trainer.train` is to resume from, for the `resume_from_checkpoint` that a user asks for.
 
-    The trainers of hf_reflora have it. It changes of a Trainer:
-
-    - a checkpoint is whole when its trainer_state.json is, which is written when every process has written all else,
-      and removed before a folder is written a second time and before it is deleted;
-    - `train(resume_from_checkpoint=True)` (or "true", as a command line says it) takes the last whole checkpoint in
-      `output_dir`, on several processes the last that is whole for all of them. Where there is none yet, training
-      starts from the beginning, and says so;
-    - a run that was killed after its last step takes no further one;
-    - `save_total_limit` counts whole checkpoints only, and half-written ones are removed with the surplus.
-
-    Made for killed processes (SIGKILL, out of memory, preemption); a power failure can take what the operating system
-    had not yet put on the disk.
+    All processes must call it. True, or "true" as a command line says it, becomes the last checkpoint in
+    `args.output_dir` that is complete for every process, or None if there is none.
 
     Raises:
-        ValueError: by `train`, for the path of a checkpoint that is not whole; or where other processes see the whole
-            checkpoints in `output_dir` and this one does not.
-
-    Example:
-        >>> class MyTrainer(WholeCheckpointsMixin, DPOTrainer): ...
+        ValueError: the checkpoint is not complete; or some processes see complete checkpoints where others do not.
     """
+    if isinstance(asked, str) and asked.lower() in ("true", "false"):
+        asked = asked.lower() == "true"
+    if asked is True:
+        return last_common_checkpoint(args)
+    if isinstance(asked, str | os.PathLike) and not is_complete(asked):
+        raise ValueError(_why_incomplete(Path(asked)))
+    return asked
 
-    _limit: int | None = None  # save_total_limit during a save
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        asked = resume_from_checkpoint
-        if isinstance(asked, str) and asked.lower() in ("true", "false"):
-            asked = asked.lower() == "true"
-        if asked is True:
-            asked = self._last_checkpoint()
-        elif isinstance(asked, str | os.PathLike) and not is_whole(asked):
-            raise ValueError(_not_whole(Path(asked)))
-        return super().train(asked, *args, **kwargs)
+def last_common_checkpoint(args: TrainingArguments) -> str | None:
+    """The last checkpoint that is complete for every process, the same on all of them; all must call it.
 
-    def _last_checkpoint(self) -> str | None:
-        """The last checkpoint that is whole for every process, the same on all of them."""
-        found = _checkpoints(self.args.output_dir)
-        whole = gather_object([[step for step, folder in found.items() if is_whole(folder)]])
-        common = set.intersection(*map(set, whole))
-        if not common and any(whole) and not self.args.save_on_each_node:
-            blind = [rank for rank, steps in enumerate(whole) if not steps]
-            raise ValueError(
-                f"There are whole checkpoints in {self.args.output_dir}, but the processes {blind} do not see them. "
-                "Put output_dir on a file system that all nodes share, or copy the checkpoint to every node and give "
-                "its path."
-            )
-        last = max(common, default=None)
-        if self.is_world_process_zero():
-            half = [str(found[step]) for step in sorted(found) if step not in common and step > (last or 0)]
-            if half:
-                logger.warning(f"Passed over, because they were not written to the end: {', '.join(half)}.")
-            if last is None:
-                logger.warning(f"No whole checkpoint in {self.args.output_dir}: training starts from the beginning.")
-        return None if last is None else str(found[last])
+    Says what it passes over, and that training starts from the beginning where there is none.
+    """
+    folders = _checkpoints(args.output_dir)
+    complete = gather_object([[step for step, folder in folders.items() if is_complete(folder)]])
+    common = set.intersection(*map(set, complete))
+    if not common and any(complete) and not args.save_on_each_node:
+        blind = [rank for rank, steps in enumerate(complete) if not steps]
+        raise ValueError(
+            f"There are complete checkpoints in {args.output_dir}, but the processes {blind} do not see them. Put "
+            "output_dir on a file system that all nodes share, or copy the checkpoint to every node and give its path."
+        )
+    last = max(common, default=None)
+    if args.process_index == 0:
+        later = [str(folders[step]) for step in sorted(folders) if step not in common and step > (last or 0)]
+        if later:
+            logger.warning(f"Passed over, because they were not written to the end: {', '.join(later)}.")
+        if last is None:
+            logger.warning(f"No complete checkpoint in {args.output_dir}: training starts from the beginning.")
+    return None if last is None else str(folders[last])
 
-    def _save_checkpoint(self, model, trial) -> None:
-        args, run_dir = self.args, Path(self._get_output_dir(trial=trial))
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()  # nobody overwrites anything before it is gone
-        self._limit, args.save_total_limit = args.save_total_limit, None  # transformers does not rotate, this does
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            args.save_total_limit, self._limit = self._limit, None
-        if args.should_save and args.save_total_limit is not None and args.save_total_limit > 0:
-            _rotate(run_dir, args.save_total_limit, [folder, self.state.best_model_checkpoint])
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        given = self.args.save_total_limit
-        self.args.save_total_limit = given or self._limit  # training_args.bin says what was asked for
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.save_total_limit = given
+def begin_checkpoint(folder: Path) -> None:
+    """Marks a folder that is about to be written, perhaps for the second time, as not complete."""
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # killed after the last step; there would be one more
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # As in _run_epoch, which transformers has since 5.3: before, its only door to the epoch is this method.
-        if not hasattr(super(), "_run_epoch") and self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+def rotate(run_dir: Path, limit: int, keep: Iterable[str | os.PathLike | None]) -> None:
+    """Removes incomplete checkpoints, and the oldest of the complete ones until `limit` are left; none in `keep`.
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # trainer_state.json is next
+    Instead of transformers' `rotate_checkpoints`, which counts half-written checkpoints as well, and deletes a
+    folder's files in any order, so that what a kill leaves of it could pass for a complete checkpoint.
+    """
+    keep = {Path(folder).resolve() for folder in keep if folder is not None}
+    folders = _oldest_first(_checkpoints(run_dir))
+    complete = [folder for folder in folders if is_complete(folder)]
+    removable = [folder for folder in complete if folder.resolve() not in keep]
+    surplus = max(len(complete) - limit, 0)
+    for folder in [*(folder for folder in folders if folder not in complete), *removable[:surplus]]:
+        begin_checkpoint(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
-    """The checkpoints' folders by their steps, whole or not."""
+    """The checkpoints' folders by their steps, complete or not."""
     names = ((NAME.fullmatch(folder.name), folder) for folder in Path(output_dir).glob("*") if folder.is_dir())
     return {int(name[1]): folder for name, folder in names if name}
 
@@ -153,30 +130,14 @@ def _oldest_first(checkpoints: dict[int, Path]) -> list[Path]:
     return sorted(by_step, key=times.__getitem__)
 
 
-def _rotate(run_dir: Path, limit: int, keep: Iterable[str | os.PathLike | None]) -> None:
-    """Removes what is not whole and the oldest of what is, until `limit` are left; never those in `keep`.
-
-    As transformers' `rotate_checkpoints`, which would count half-written checkpoints and delete a folder's files in
-    any order: what a kill leaves of it could pass for whole.
-    """
-    keep = {Path(folder).resolve() for folder in keep if folder is not None}
-    folders = _oldest_first(_checkpoints(run_dir))
-    whole = [folder for folder in folders if is_whole(folder)]
-    free = [folder for folder in whole if folder.resolve() not in keep]
-    surplus = max(len(whole) - limit, 0)
-    for folder in [*(folder for folder in folders if folder not in whole), *free[:surplus]]:
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _not_whole(folder: Path) -> str:
+def _why_incomplete(folder: Path) -> str:
     if not folder.is_dir():
-        found = "there is no such folder"
+        reason = "there is no such folder"
     elif not (folder / TRAINER_STATE_NAME).is_file():
-        found = f"it has no {TRAINER_STATE_NAME}, which is written last"
+        reason = f"it has no {TRAINER_STATE_NAME}, which is written last"
     else:
-        found = f"its {TRAINER_STATE_NAME}, which is written last, is cut short"
+        reason = f"its {TRAINER_STATE_NAME}, which is written last, is cut short"
     last = last_checkpoint(folder.parent)
-    known = f"The last whole one, which resume_from_checkpoint=True takes, is {last}."
-    known = known if last else f"There is no whole one in {folder.parent}."
-    return f"{folder} is not a whole checkpoint: {found}. {known}"
+    advice = f"The last complete one, which resume_from_checkpoint=True takes, is {last}."
+    advice = advice if last else f"There is no complete one in {folder.parent}."
+    return f"{folder} is not a complete checkpoint: {reason}. {advice}"

@@ -4,8 +4,7 @@ from transformers import Trainer
 
 from ..lora_sb.callback import LoraSbCallback
 from ..reflora.callback import RefLoraCallback
-from .checkpoints import WholeCheckpointsMixin
-from .publishing import PublishingMixin
+from .mixin import AdapterTrainerMixin
 
 
 def _start(callbacks: list) -> dict[str, str]:
@@ -13,7 +12,7 @@ def _start(callbacks: list) -> dict[str, str]:
     return {"init": "lora_sb"} if any(isinstance(c, LoraSbCallback) or c is LoraSbCallback for c in callbacks) else {}
 
 
-class _RefLoraMixin(WholeCheckpointsMixin, PublishingMixin):
+class _RefLoraMixin(AdapterTrainerMixin):
     """Adds `RefLoraCallback` to a Trainer and its metrics to the training log."""
 
     def __init__(self, *args, reflora: RefLoraCallback | None = None, callbacks: list | None = None, **kwargs):

@@ -3,8 +3,7 @@
 from ..lora_sb.callback import LoraSbCallback
 from ..report.methods import LORA_SB_PAPER, REFLORA_PAPER
 from ..requirements import extra
-from .checkpoints import WholeCheckpointsMixin
-from .publishing import PublishingMixin
+from .mixin import AdapterTrainerMixin
 from .trainers import _RefLoraMixin, _start
 
 
@@ -52,7 +51,7 @@ class RefLoraDPOTrainer(_RefLoraMixin, DPOTrainer):
     _paper = REFLORA_PAPER
 
 
-class LoraSbSFTTrainer(WholeCheckpointsMixin, PublishingMixin, SFTTrainer):
+class LoraSbSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with LoRA-SB (https://huggingface.co/papers/2411.19557).
 
     Takes the arguments of `trl.SFTTrainer` and `lora_sb`, the callback with the initialization's settings (default

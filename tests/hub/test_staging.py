@@ -16,7 +16,8 @@ from transformers.modelcard import TrainingSummary
 from trl import SFTConfig, SFTTrainer
 
 from hf_reflora import LoraSbCallback, LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer
-from hf_reflora.hub.adapter import _config, _record, push_adapter, stage
+from hf_reflora.hub.adapter import push_adapter
+from hf_reflora.hub.staging import read_config, read_record, stage
 from hf_reflora.report.card import render
 from hf_reflora.report.edits import is_edited
 from hf_reflora.report.front_matter import OwnEntries, own_entries
@@ -86,7 +87,7 @@ def content(folder) -> dict[str, str]:
 
 
 def staged(folder, target, base_model=None, checkpoints=None):
-    left_out = stage(folder, target, record=_record(folder, base_model), checkpoints=checkpoints or {})
+    left_out = stage(folder, target, record=read_record(folder, base_model), checkpoints=checkpoints or {})
     return set(content(target)), left_out
 
 
@@ -261,16 +262,17 @@ def test_a_pushed_checkpoint_can_be_resumed(trained, tmp_path, kind):
 
 
 def test_the_record_is_read_and_the_base_may_be_given(folder):
-    assert _record(folder, None).base_model is None
-    assert _record(folder, "org/base").to_dict() == {**_record(folder, None).to_dict(), "base_model": "org/base"}
-    assert _record(folder, None).method == "reflora"
+    assert read_record(folder, None).base_model is None
+    given = {**read_record(folder).to_dict(), "base_model": "org/base"}
+    assert read_record(folder, "org/base").to_dict() == given
+    assert read_record(folder, None).method == "reflora"
 
 
 def test_an_older_record_tells_the_base_by_its_name(folder):
     record = json.loads((folder / "run_record.json").read_text())
     del record["base_model"]
     (folder / "run_record.json").write_text(json.dumps({**record, "model": "org/base"}))
-    assert _record(folder, None).base_model == "org/base"
+    assert read_record(folder, None).base_model == "org/base"
 
 
 @pytest.mark.parametrize(("kind", "method"), [("lora", "lora"), ("lora_sb", "lora_sb")])
@@ -280,7 +282,7 @@ def test_without_a_record_the_configuration_tells(trained, tmp_path, kind, metho
     (folder / "run_record.json").unlink()
     settings = {**json.loads((folder / "adapter_config.json").read_text()), "base_model_name_or_path": name}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    record = _record(folder, None)
+    record = read_record(folder, None)
     assert (record.method, record.base_model) == (method, base_model)
     assert record.model == (name or "an unknown base model")
     files, _ = staged(folder, tmp_path / "out")
@@ -343,7 +345,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path, files, told):
     if files == []:
         (tmp_path / "run").mkdir()
     match = f"run has no adapter: adapter_config.json and adapter_model.safetensors were looked for, {told}[.] Give a"
-    for refuse in (lambda f: _config(f), lambda f: _record(f, None), lambda f: push_adapter(f, "me/x", token="x")):
+    for refuse in (read_config, read_record, lambda folder: push_adapter(folder, "me/x", token="x")):
         with pytest.raises(ValueError, match=match):
             refuse(tmp_path / "run")
 

@@ -27,7 +27,7 @@ from trl import SFTConfig
 
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, RefLoraSFTTrainer
 from hf_reflora.recipes import sft
-from hf_reflora.trainers import publishing
+from hf_reflora.trainers import mixin
 
 
 METHODS = ("reflora", "lora_sb")
@@ -214,7 +214,7 @@ def train(run: Run, rank: int, port: int, started) -> None:
         return train_recipe(run, started)
     torch.set_num_threads(1)
     gc.freeze()  # what the fork brought along: a collection of it takes half a second
-    publishing.plot = lambda *args: False  # most of the time of such a run
+    mixin.plot = lambda *args: False  # most of the time of such a run
     trainer = make(run)
     if rank == 0:
         trainer.add_callback(Losses(run.out / "losses.jsonl"))

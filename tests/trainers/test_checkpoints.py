@@ -19,7 +19,7 @@ from hf_reflora import RefLoraSFTTrainer, last_checkpoint
 from hf_reflora.report.card import render
 from hf_reflora.report.record import RunRecord
 from hf_reflora.trainers import checkpoints
-from hf_reflora.trainers.checkpoints import is_whole
+from hf_reflora.trainers.checkpoints import is_complete
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +77,8 @@ def assert_ends_as(run: Run, unbroken: Run, rtol: float = 0.0) -> None:
 
 
 def steps(out: Path) -> dict[int, bool]:
-    """The checkpoints there are, and whether they are whole."""
-    return {int(folder.name.split("-")[1]): is_whole(folder) for folder in out.glob("checkpoint-*")}
+    """The checkpoints there are, and whether they are complete."""
+    return {int(folder.name.split("-")[1]): is_complete(folder) for folder in out.glob("checkpoint-*")}
 
 
 def killed_at_random(run: Run, seconds: float, victims: list[slice], seed: int) -> int:
@@ -156,7 +156,7 @@ def test_killed_after_the_last_step(tmp_path, unbroken):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json"])
 def test_killed_while_an_old_checkpoint_is_overwritten(tmp_path, unbroken, file):
-    """checkpoint-4 is another run's, and whole, until this run begins to write its own."""
+    """checkpoint-4 is another run's, and complete, until this run begins to write its own."""
     whole, _ = unbroken("reflora")
     for step in (2, 4):
         shutil.copytree(whole.out / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
@@ -168,7 +168,7 @@ def test_killed_while_an_old_checkpoint_is_overwritten(tmp_path, unbroken, file)
 
 @pytest.mark.slow
 def test_killed_while_an_old_checkpoint_is_deleted(tmp_path, unbroken):
-    """The new one is whole, and what is left of the old one does not pass for it."""
+    """The new one is complete, and what is left of the old one does not pass for it."""
     limit = {"save_total_limit": 1}
     run = Run(tmp_path, die=("delete", "optimizer.pt"), arguments=limit)
     assert run.end() == [KILLED], run.log()
@@ -197,7 +197,7 @@ def test_killed_in_the_initialization_of_lora_sb(tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_whole_when_every_process_has_written(tmp_path, unbroken):
+def test_a_checkpoint_is_complete_when_every_process_has_written(tmp_path, unbroken):
     """One of two dies before its random state; the other has written all that is its own."""
     run = Run(tmp_path, processes=2, die=("before", "rng_state_1.pth"), dies=1)
     codes = run.end()
@@ -211,7 +211,7 @@ def test_a_checkpoint_is_whole_when_every_process_has_written(tmp_path, unbroken
 
 
 @pytest.mark.slow
-def test_no_process_overwrites_a_checkpoint_that_is_whole(tmp_path, unbroken):
+def test_no_process_overwrites_a_checkpoint_that_is_complete(tmp_path, unbroken):
     """The main process dies before it removes trainer_state.json, which the other one waits for."""
     whole, _ = unbroken("reflora", 2)
     for step in (2, 4):
@@ -257,7 +257,7 @@ def test_the_recipe_killed_and_resumed(tmp_path):
     assert record["diagnostics"] == unbroken["diagnostics"]
 
 
-# What is whole
+# What is complete
 
 
 def checkpoint(folder: Path, step: int, state: str | None = '{"global_step": 1}') -> str:
@@ -270,11 +270,11 @@ def checkpoint(folder: Path, step: int, state: str | None = '{"global_step": 1}'
 
 
 @pytest.mark.parametrize("state", [None, "", '{"global_step": 1', "[]", '"global_step"', "{}", "\udcff"])
-def test_not_whole(tmp_path, state):
+def test_not_complete(tmp_path, state):
     folder = Path(checkpoint(tmp_path, 1, None))
     if state is not None:
         (folder / "trainer_state.json").write_bytes(state.encode("utf-8", "surrogateescape"))
-    assert not is_whole(folder)
+    assert not is_complete(folder)
     assert last_checkpoint(tmp_path) is None
 
 
@@ -282,7 +282,7 @@ def test_the_last_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) is None
     assert last_checkpoint(tmp_path / "none") is None
     nine = checkpoint(tmp_path, 9)
-    assert is_whole(nine)
+    assert is_complete(nine)
     assert last_checkpoint(tmp_path) == nine
     ten = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 11, None)
@@ -302,17 +302,19 @@ def trainer_in(folder: Path, **changes) -> RefLoraSFTTrainer:
     )
 
 
-def test_a_path_that_is_not_whole_is_refused(tmp_path):
+def test_a_path_that_is_not_complete_is_refused(tmp_path):
     trainer = trainer_in(tmp_path)
     for state, message in ((None, "it has no trainer_state.json"), ("{", "its trainer_state.json, .* is cut short")):
         half = Path(checkpoint(tmp_path, 9, state))
-        with pytest.raises(ValueError, match=rf"checkpoint-9 is not a whole checkpoint: {message}.* no whole one in"):
+        with pytest.raises(
+            ValueError, match=rf"checkpoint-9 is not a complete checkpoint: {message}.* no complete one in"
+        ):
             trainer.train(resume_from_checkpoint=half)
         shutil.rmtree(half)
     whole, half = checkpoint(tmp_path, 3), checkpoint(tmp_path, 9, None)
-    with pytest.raises(ValueError, match=f"The last whole one, .* is {whole}"):
+    with pytest.raises(ValueError, match=f"The last complete one, .* is {whole}"):
         trainer.train(resume_from_checkpoint=half)
-    with pytest.raises(ValueError, match=f"there is no such folder. The last whole one, .* is {whole}"):
+    with pytest.raises(ValueError, match=f"there is no such folder. The last complete one, .* is {whole}"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert trainer.state.global_step == 0
 
@@ -347,7 +349,7 @@ def test_all_processes_choose_the_same(tmp_path, monkeypatch, seen, each_node, c
     for step in (1, 2):
         checkpoint(tmp_path, step)
     monkeypatch.setattr(checkpoints, "gather_object", lambda steps: seen)
-    found = trainer_in(tmp_path, save_on_each_node=each_node)._last_checkpoint()
+    found = checkpoints.last_common_checkpoint(trainer_in(tmp_path, save_on_each_node=each_node).args)
     assert found == (chosen and str(tmp_path / f"checkpoint-{chosen}"))
 
 

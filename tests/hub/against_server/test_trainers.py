@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ import saved_adapters
 import tiny
 import yaml
 from datasets import load_dataset
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import LoraConfig, PeftModel
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, PushError, RefLoraSFTTrainer, RefLoraTrainer
 from hf_reflora.cli import main
+from hf_reflora.hub import adapter, staging
+from hf_reflora.report import record, recorder
+from hf_reflora.trainers import mixin
 
 
 ROOT = Path(__file__).parents[3]
@@ -46,6 +50,80 @@ def titles(server, repo_id="me/adapter"):
 
 def same_weights(server, folder, path="adapter_model.safetensors"):
     return server.read("me/adapter", path) == (Path(folder) / "adapter_model.safetensors").read_bytes()
+
+
+def spies(monkeypatch) -> Counter:
+    """Counts what is made for a push; each call goes through."""
+    counts = Counter()
+
+    def count(module, name):
+        original = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, names in (
+        (mixin, ("plot", "render")),
+        (staging, ("plot", "diagnostics")),
+        (adapter, ("render",)),
+        (recorder, ("diagnostics",)),
+        (record, ("write_json",)),
+    ):
+        for name in names:
+            count(module, name)
+    return counts
+
+
+@pytest.mark.parametrize("cls", [RefLoraSFTTrainer, RefLoraTrainer, LoraSbSFTTrainer])
+@pytest.mark.parametrize("by", ["push_to_hub", "save_model"])
+def test_record_plot_and_card_are_made_once_for_a_push(server, tmp_path, monkeypatch, cls, by):
+    trainer = make_trainer(tmp_path, cls, hub_strategy="end")
+    trainer.train()
+    counts = spies(monkeypatch)
+    getattr(trainer, by)()
+    # On the Hub a LoRA-SB adapter is an ordinary LoRA, whose card says so.
+    renders = 2 if cls is LoraSbSFTTrainer else 1
+    assert counts == {"plot": 1, "diagnostics": 1, "write_json": 1, "render": renders}
+    assert json.loads(server.read("me/adapter", "run_record.json")) == json.loads(
+        (tmp_path / "run_record.json").read_text()
+    )
+    assert server.read("me/adapter", "training.png") == (tmp_path / "training.png").read_bytes()
+    same_card = server.read("me/adapter", "README.md") == (tmp_path / "README.md").read_bytes()
+    assert same_card == (cls is not LoraSbSFTTrainer)
+
+
+def test_record_plot_and_card_are_made_once_for_a_checkpoint(server, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, hub_always_push=True)
+    counts = spies(monkeypatch)
+    trainer.train()
+    # Two checkpoints; and when training ends its record is written into output_dir, where the adapter is saved next.
+    assert counts == {"plot": 2, "render": 2, "diagnostics": 3, "write_json": 3}
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_what_the_hub_adds_to_a_card_is_in_the_saved_one(server, tmp_path):
+    front_matter = "---\nlicense: cc-by-4.0\nlanguage: en\ntags:\n- poetry\n---\n"
+    HfApi().create_repo("me/adapter")
+    HfApi().upload_file(path_or_fileobj=front_matter.encode(), path_in_repo="README.md", repo_id="me/adapter")
+    trainer = make_trainer(tmp_path, push_to_hub=False)
+    trainer.train()
+    trainer.push_to_hub(tags=["mine"], language="de")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.language) == ("cc-by-4.0", "de")
+    assert {"mine", "poetry"} <= set(card.data.tags)
+    assert card.content.encode() == server.read("me/adapter", "README.md")
+    assert 'from_pretrained(base), "me/adapter")' in card.content
+
+
+def test_a_push_that_is_refused_at_once_has_saved_the_adapter(server, tmp_path):
+    trainer = make_trainer(tmp_path, push_to_hub=False, hub_model_id="acme/adapter")
+    trainer.train()
+    with pytest.raises(PushError, match="no organisation acme"):
+        trainer.push_to_hub()
+    assert ADAPTER <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("cls", [RefLoraSFTTrainer, RefLoraTrainer, LoraSbSFTTrainer])

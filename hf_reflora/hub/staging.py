@@ -1,0 +1,181 @@
+"""The folder of an adapter as it goes to the Hub: which files, in which form, and whether its record describes it."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+
+from ..lora_sb.config import LoraSbConfig
+from ..lora_sb.export import export_lora
+from ..report.diagnostics import diagnostics, method_of
+from ..report.edits import is_edited
+from ..report.ids import hub_id
+from ..report.plot import plot
+from ..report.record import RECORD_NAME, RunRecord
+
+
+CARD_NAME, PLOT_NAME, NATIVE_FOLDER = "README.md", "training.png", "native"
+# The kinds of files that an adapter's repository is made of. Nothing else is published: training_args.bin, which is a
+# pickle and may contain a token, optimizer states, logs, .env, …
+SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".png", ".svg", ".jpg", ".yaml", ".yml"}
+NEVER = ("training_args.bin", ".*", "__pycache__")
+STATE = {"trainer_state.json", "training_args.json", "all_results.json", "train_results.json", "eval_results.json"}
+
+
+def read_record(folder: Path, base_model: str | None = None) -> RunRecord:
+    """The run record of a saved adapter; without the file, what the adapter's configuration tells.
+
+    Args:
+        folder: Folder of the adapter.
+        base_model: Id of the base model on the Hub, which replaces the record's.
+
+    Raises:
+        ValueError: the folder has no adapter, or the record describes other weights, because it was left by another
+            run.
+    """
+    config = read_config(folder)
+    if (folder / RECORD_NAME).is_file():
+        record = RunRecord.load(folder / RECORD_NAME)
+        _check_weights(record, folder, config)
+    else:
+        name = config.base_model_name_or_path or "an unknown base model"
+        record = RunRecord(method=method_of(config), model=name, base_model=hub_id(name))
+    if base_model is not None:
+        record.replace(base_model=base_model)
+    return record
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter.
+
+    Raises:
+        ValueError: the folder has no adapter.
+    """
+    if not (folder / CONFIG_NAME).is_file() or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"{folder} has no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} were looked for, found: "
+            f"{there or 'nothing'}. Give a trainer's output folder, a checkpoint, or what save_pretrained wrote."
+        )
+    return PeftConfig.from_pretrained(str(folder))
+
+
+def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[str, Path]) -> list[str]:
+    """Puts into the new folder `target` what is published of `folder` and `checkpoints`, without changing these.
+
+    A LoRA-SB adapter is exported, and its own form goes to `native/`. A base model's local path in
+    `adapter_config.json` becomes the id in the record, or null. A plot is drawn where there is none. A card that
+    nobody has edited is left out, because it has to be rendered for the Hub.
+
+    Args:
+        folder: Folder of the adapter.
+        target: Folder to make. Files are hard links where that is possible.
+        record: The adapter's record.
+        checkpoints: Folders of checkpoints by their names in `target`.
+
+    Returns:
+        The names in `folder` that are not published.
+
+    Raises:
+        ValueError: `folder` has no adapter, or one that cannot be exported.
+    """
+    config = read_config(folder)
+    target.mkdir(parents=True)
+    for name, checkpoint in checkpoints.items():
+        ignore = shutil.ignore_patterns(*NEVER, CARD_NAME)
+        shutil.copytree(checkpoint, target / name, copy_function=link, ignore=ignore)
+    for path in _published(folder):
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        link(path, copy)
+    if isinstance(config, LoraSbConfig):
+        _export(folder, target)
+    _name_base_model(target, record.base_model)
+    if not (target / PLOT_NAME).exists():
+        plot(record, target / PLOT_NAME)
+    if not is_edited(read_card(folder)):
+        (target / CARD_NAME).unlink(missing_ok=True)
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name != CARD_NAME and not (target / name).exists())
+
+
+def read_card(folder: Path) -> str:
+    """The text of the folder's card, "" if it has none."""
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Makes `target` a hard link to the file `source`, or a copy where links are not possible.
+
+    A link costs no space, and it stays when training deletes the original during the upload.
+    """
+    source = os.path.realpath(source)  # in the Hub's cache the files are symbolic links to blobs
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _published(folder: Path) -> list[Path]:
+    """The files that are published: those of the adapter, and of further ones, which PEFT saves in folders inside."""
+    entries = sorted(folder.iterdir())
+    inner = [entry for entry in entries if entry.is_dir() and (entry / CONFIG_NAME).is_file()]
+    inner = [entry for entry in inner if not entry.name.startswith((".", "_", "checkpoint-"))]
+    files = [*entries, *(path for entry in inner for path in sorted(entry.iterdir()))]
+    return [
+        path
+        for path in files
+        if path.is_file()
+        and path.suffix in SUFFIXES
+        and path.name not in STATE
+        and not path.name.startswith((".", "_"))
+    ]
+
+
+def _export(folder: Path, target: Path) -> None:
+    """Replaces a LoRA-SB adapter in `target` by the ordinary LoRA that it is equal to, and moves it to `native/`."""
+    native, exported = target / NATIVE_FOLDER, target.with_name("exported")
+    native.mkdir()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        (target / name).replace(native / name)
+    export_lora(folder, exported)
+    for path in exported.iterdir():
+        path.replace(target / path.name)
+
+
+def _name_base_model(target: Path, base_model: str | None) -> None:
+    """Names the base model in all configurations by its id; a path of this machine must not be published."""
+    for path in target.rglob(CONFIG_NAME):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("base_model_name_or_path") != base_model:
+            path.unlink()  # it may be a hard link, and writing to it would change the original
+            settings["base_model_name_or_path"] = base_model
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8", newline="\n")
+
+
+def _check_weights(record: RunRecord, folder: Path, config: PeftConfig) -> None:
+    """Raises if the diagnostics in the record are not those of the weights beside it."""
+    recorded = record.diagnostics
+    actual = diagnostics(config, load_peft_weights(str(folder), device="cpu")) if recorded else {}
+    names = [name for name in recorded if name.startswith(("norm", "layers"))]
+    differ = [name for name in names if not _close(recorded[name], actual.get(name))]
+    if differ:
+        raise ValueError(
+            f"{folder / RECORD_NAME} describes other weights than {SAFETENSORS_WEIGHTS_NAME} beside it: "
+            + ", ".join(f"{name} is {_number(actual.get(name))}, not {_number(recorded[name])}" for name in differ)
+            + ". Save the adapter of that run here (trainer.save_model), or remove the record."
+        )
+
+
+def _close(recorded: float, actual: float | None) -> bool:
+    # Loose, because the weights in the file may have fewer bits than those that were diagnosed.
+    return actual is not None and math.isclose(recorded, actual, rel_tol=1e-3, abs_tol=1e-6)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.6g}"
