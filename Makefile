@@ -28,7 +28,7 @@ compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, the
 	done
 	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json
 
-space: $(VENV)/space ## Open the page that shows the demo's adapter beside its base model (after make demo)
+space: $(VENV)/demo $(VENV)/space ## Open the page that shows the demo's adapter beside its base model (after make demo)
 	BASE_MODEL=$$($(VENV)/bin/python -m hf_reflora.recipes.embedded_model) ADAPTERS=runs/smollm2-135m-reflora \
 		$(VENV)/bin/python spaces/before_after/app.py
 

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         from safetensors import SafetensorError
 
-        if not isinstance(error, ValueError | OSError | RuntimeError | SafetensorError):
+        if not isinstance(error, ImportError | OSError | RuntimeError | SafetensorError | ValueError):
             raise
         parser.exit(1, f"hf-reflora: {error}\n")
 

@@ -1,10 +1,14 @@
-"""Errors for libraries that are missing or too old, which say how to mend it."""
+"""What is to be installed: errors for libraries that are missing or too old, and where this one comes from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
 from packaging.version import Version
+
+
+# What `pip install` is to be given by somebody who does not have hf_reflora. To be "hf_reflora" once it is on PyPI.
+PIP_REQUIREMENT = "git+https://github.com/hf-reflora/hf_reflora"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..requirements import PIP_REQUIREMENT
 from .edits import signed
 from .escaping import cell, code, line, literal, text
 from .front_matter import check_front_matter
@@ -93,6 +94,7 @@ def render(
             plot=plot,
             repo_id=repo_id,
             native_folder=native_folder,
+            pip_requirement=PIP_REQUIREMENT,
             auto_class=auto_class,
             texts=len(record.arguments.get("text_columns", [""])),
             vllm_rank=_vllm_rank(record),

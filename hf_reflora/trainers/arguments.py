@@ -53,7 +53,7 @@ class LoraSbArguments:
 
     lorasb_num_samples: int | None = field(
         default=None,
-        metadata={"help": "Training samples for the initialization. Default: 0.1 % of the data, at least 25."},
+        metadata={"help": "Training samples for the initialization. Default: a thousandth of the data, at least 25."},
     )
     lorasb_eta: float | None = field(
         default=None,
