@@ -14,7 +14,7 @@ TEST_TOOLS = pytest pytest-timeout pytest-xdist hypothesis
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo compare space cards docs test test-oldest test-newest lint clean
+.PHONY: help demo compare space cards docs test test-oldest test-newest test-release lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -41,19 +41,22 @@ cards: $(VENV)/demo ## Render model_cards/ again from the records
 docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pdoc --docformat google --output-directory build/docs hf_reflora
 
-test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run all tests (about 12 minutes on 2 cores)
+test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 5 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, a fresh environment for the Space
+	$(VENV)/bin/python -m pytest -m release
 
 test-oldest: test-oldest-core test-oldest-publishing ## Run the fast tests with the oldest supported versions
 
 test-newest: test-newest-core test-newest-publishing ## Run the fast tests with the newest versions (but for torch)
 
 test-oldest-core test-newest-core: test-%-core: $(VENV)-%/ready
-	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu" $(CORE_TESTS)
+	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu and not release" $(CORE_TESTS)
 
 # Those against a Hub need a process of their own: huggingface_hub reads its settings when it is imported.
 test-oldest-publishing test-newest-publishing: test-%-publishing: $(VENV)-%/ready
-	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu" $(PUBLISHING_TESTS)
+	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu and not release" $(PUBLISHING_TESTS)
 	HUB_TESTS=lfs $(VENV)-$*/bin/python -m pytest tests/hub/against_server -k "not recipe"
 
 lint: $(VENV)/test ## Check style, layers and types, those also as on Windows

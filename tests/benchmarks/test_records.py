@@ -96,8 +96,10 @@ def test_cards_table_is_the_record():
     assert record["environment"]["uncommitted_changes"] is False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("library", ["hf_reflora", "PEFT", "TRL", "transformers"])
+OTHERS = [pytest.param(name, marks=pytest.mark.release) for name in ("PEFT", "TRL", "transformers")]
+
+
+@pytest.mark.parametrize("library", ["hf_reflora", *OTHERS])
 def test_cards_are_as_recorded(library, monkeypatch):
     monkeypatch.setattr(sys, "argv", [compare_cards.__file__])  # the command that the card shows
     assert compare_cards.answers(compare_cards.LIBRARIES[library]) == read("cards.json")["answers"][library]

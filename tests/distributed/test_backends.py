@@ -2,32 +2,39 @@
 
 import importlib.util
 import time
+from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 import train_backends
 import two_processes
-
-
-# The record that README shows has ZeRO-0 and 1, too. The cases below have ZeRO-0; ZeRO-1 takes the ways of ZeRO-2.
-TRAJECTORIES = ["DDP", "FSDP2", "FSDP2 at load", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"]
+from train_backends import trajectories
 
 
 @pytest.fixture(scope="module")
-def trajectories() -> dict[tuple[str, str], dict]:
-    """What benchmarks/trajectories.py measures."""
-    backends = [name for name in TRAJECTORIES if train_backends.ZERO or not name.startswith("DeepSpeed")]
-    found = train_backends.trajectories.measure(backends, list(train_backends.trajectories.METHODS))
-    return {(entry["backend"], entry["method"]): entry for entry in found}
+def launched(tmp_path_factory) -> tuple[Path, CompletedProcess, float]:
+    """Folder and outcome of train_backends.py, and the seconds from its last success to its end."""
+    out = tmp_path_factory.mktemp("backends")
+    trajectories.base_model().save_pretrained(out / "base")
+    done = two_processes.run("train_backends.py", str(out), timeout=550)
+    return out, done, time.time() - (out / "found-0.pt").stat().st_mtime
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory) -> tuple[dict[str, str | None], ...]:
-    """What every case of train_backends.py raised, on either process."""
-    out = tmp_path_factory.mktemp("cases")
-    done = two_processes.run("train_backends.py", str(out), timeout=500)
-    found = tuple(torch.load(out / f"found-{rank}.pt") for rank in range(2))
-    return *found, done, time.time() - (out / "found-0.pt").stat().st_mtime
+def entries(launched) -> dict[tuple[str, str], dict]:
+    """By backend and method, how the training in two processes differs from the one in this process."""
+    out, *_ = launched
+    for method in trajectories.METHODS:
+        torch.save(trajectories.run(trajectories.ONE, method, str(out)), out / f"{trajectories.ONE}-{method}-0.pt")
+    backends = [name for name in train_backends.TRAJECTORIES if train_backends.ZERO or "DeepSpeed" not in name]
+    return {(b, m): trajectories.compare(out, b, m) for b in backends for m in trajectories.METHODS}
+
+
+@pytest.fixture(scope="module")
+def cases(launched) -> list[dict[str, str | None]]:
+    """What every case raised, on either process."""
+    return [torch.load(launched[0] / f"found-{rank}.pt") for rank in range(2)]
 
 
 def needs_deepspeed(name: str) -> None:
@@ -36,22 +43,22 @@ def needs_deepspeed(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", train_backends.trajectories.METHODS)
-@pytest.mark.parametrize("backend", TRAJECTORIES)
-def test_one_trajectory_on_every_backend(trajectories, backend, method):
+@pytest.mark.parametrize("method", trajectories.METHODS)
+@pytest.mark.parametrize("backend", train_backends.TRAJECTORIES)
+def test_one_trajectory_on_every_backend(entries, backend, method):
     """Equal to one process with accumulation, to rounding, which LoRA-SB's singular vectors magnify."""
     needs_deepspeed(backend)
-    entry = trajectories[backend, method]
+    entry = entries[backend, method]
     assert entry["equal_on_both"]
     assert entry["loss_difference"] < 5e-6
     assert entry["adapter_difference"] < (3e-5 if method == "LoRA-SB" else 2e-6)
 
 
 @pytest.mark.slow
-def test_the_methods_differ(trajectories):
+def test_the_methods_differ(entries):
     """By far more than the bound above; least the two forms of RefLoRA-S."""
-    for backend in {backend for backend, _ in trajectories}:
-        losses = [torch.tensor(entry["losses"]) for (at, _), entry in trajectories.items() if at == backend]
+    for backend in {backend for backend, _ in entries}:
+        losses = [torch.tensor(entry["losses"]) for (at, _), entry in entries.items() if at == backend]
         for i, left in enumerate(losses):
             for right in losses[:i]:
                 assert (left - right).abs().max() > 5e-5
@@ -60,7 +67,7 @@ def test_the_methods_differ(trajectories):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", train_backends.CASES)
 def test_case(cases, case):
-    for found in cases[:2]:
+    for found in cases:
         assert found[case] is None, found[case]
 
 
@@ -71,9 +78,17 @@ def test_cases_need_deepspeed():
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_the_other(cases):
+def test_a_process_that_fails_ends_the_other(launched):
     """Where the model is sharded, the launcher does it; it would otherwise wait in a collective for ever."""
-    *_, done, seconds = cases
+    _, done, seconds = launched
     assert done.returncode != 0
     assert "Broken: in the forward pass of process 1" in done.stderr
     assert seconds < 60
+
+
+@pytest.mark.release
+def test_the_benchmark_measures_them():
+    """As its command does, in processes that it starts itself."""
+    [entry] = trajectories.measure(["DDP"], ["RefLoRA"])
+    assert entry["equal_on_both"]
+    assert entry["loss_difference"] < 5e-6

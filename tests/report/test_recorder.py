@@ -7,12 +7,14 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import forks
 import huggingface_hub
 import peft
 import pytest
 import tiny
+import tiny_trainer
 import torch
-import two_processes
+import train_record
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -63,7 +65,7 @@ def fresh(name="org/base", config=LoraConfig, **changes):
 
 
 def make(folder, kind="RefLoraSFTTrainer", model=None, data=None, eval_data=None, more=None, facts=None, **changes):
-    cls, arguments, _, _ = KINDS[kind]
+    cls = KINDS[kind][0]
     plain = kind.endswith("Trainer") and "SFT" not in kind
     more = dict(more or {})
     if kind in ("SFTTrainer", "Trainer"):
@@ -73,14 +75,8 @@ def make(folder, kind="RefLoraSFTTrainer", model=None, data=None, eval_data=None
         more["callbacks"] = [RunRecordCallback(**facts), *more.get("callbacks", [])]
     if model is None:
         model = fresh(config=LoraSbConfig if kind == "LoraSbSFTTrainer" else LoraConfig)
-    return cls(
-        model=model,
-        args=arguments(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.token_dataset(16, labels=plain) if data is None else data,
-        eval_dataset=tiny.token_dataset(4, labels=plain) if eval_data is None else eval_data,
-        processing_class=tiny.tokenizer(),
-        **more,
-    )
+    more["eval_dataset"] = tiny.token_dataset(4, labels=plain) if eval_data is None else eval_data
+    return tiny_trainer.build(folder, cls, model, 16 if data is None else data, more, **changes)
 
 
 def callback_of(trainer) -> RunRecordCallback:
@@ -922,7 +918,7 @@ def test_a_base_without_a_name_is_called_unknown(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_one_record(tmp_path):
-    two_processes.launch("train_record.py", str(tmp_path), timeout=300)
+    forks.run(train_record.train, tmp_path, logs=tmp_path)
     record = read(tmp_path)
     assert (record["processes"], record["runs"][0]["processes"]) == (2, 2)
     assert record["backend"] == "MULTI_CPU"

@@ -18,7 +18,7 @@ ZERO_GPU = ROOT / "tests" / "support" / "space_zero_gpu.py"
 REQUESTS = [("Hello", name, "", 6, temperature, 1, 3) for name in ("first", "second") for temperature in (0, 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_it_starts_and_answers_also_on_zero_gpu(tmp_path):
     base, adapters = models(tmp_path)
     fill(tmp_path / "space", base=str(base), adapters=[str(path) for path in reversed(adapters.values())])

@@ -1,8 +1,7 @@
-"""Initializations for lora_sb/test_initialize_distributed.py: `accelerate launch ... init_ddp.py OUT`."""
+"""Initializations in two processes, for lora_sb/test_initialize_distributed.py."""
 
 import contextlib
 import io
-import sys
 from pathlib import Path
 
 import tiny
@@ -95,8 +94,6 @@ def fail(out: Path) -> None:
     torch.save(messages, out / f"messages-{rank}.pt")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(Path(sys.argv[1]))
-    fail(Path(sys.argv[1]))
-    dist.destroy_process_group()
+def main(out: Path) -> None:
+    train(out)
+    fail(out)

@@ -4,19 +4,16 @@ A run trains for 8 steps, saves at every second, and appends a line to losses.js
 itself at an exact moment.
 """
 
-import gc
 import itertools
 import json
 import os
 import shutil
 import signal
-import socket
-import time
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forks
 import peft
 import tiny
 import torch
@@ -32,8 +29,6 @@ from hf_reflora.trainers import mixin
 
 METHODS = ("reflora", "lora_sb")
 STEPS, SAVE = 8, 2
-FORK = get_context("forkserver")
-FORK.set_forkserver_preload(["kill_runs"])
 
 
 @dataclass(frozen=True)
@@ -52,40 +47,20 @@ class Run:
     def start(self) -> list[BaseProcess]:
         """Starts it; returns when all processes are about to train."""
         self.out.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started = [FORK.Event() for _ in range(self.processes)]
-        processes = [
-            FORK.Process(target=train, args=(self, rank, port, started[rank])) for rank in range(self.processes)
-        ]
-        for process in processes:
-            process.start()
+        started = [forks.CONTEXT.Event() for _ in range(self.processes)]
+        processes = forks.start(train, self, started, processes=self.processes, logs=self.out)
         for event in started:
             if not event.wait(120):
                 raise TimeoutError(self.log())
         return processes
 
     def end(self, processes: list[BaseProcess] | None = None, timeout: float = 120) -> list[int]:
-        """Waits for the processes, as a launcher does: where one has failed, the others are killed after 20 seconds.
-
-        Returns:
-            Their exit codes.
-        """
-        processes = self.start() if processes is None else processes
-        until = time.monotonic() + timeout
-        while any(process.is_alive() for process in processes) and time.monotonic() < until:
-            if any(process.exitcode for process in processes):
-                until = min(until, time.monotonic() + 20)
-            time.sleep(0.01)
-        for process in processes:
-            process.kill()
-            process.join()
-        return [process.exitcode for process in processes]
+        """Starts it unless that was done, and waits; returns the exit codes."""
+        return forks.end(self.start() if processes is None else processes, timeout)
 
     def log(self) -> str:
         """The end of what the processes have written, for a failure's message."""
-        return "\n".join(path.read_text()[-3000:] for path in sorted(self.out.glob("output-*.log")))
+        return forks.output(self.out)
 
     def taken(self) -> int:
         """How many steps were taken, by all attempts together."""
@@ -199,27 +174,17 @@ def train_recipe(run: Run, started) -> None:
     sft.main(*sft.make_parser().parse_args_and_config(arguments))
 
 
-def train(run: Run, rank: int, port: int, started) -> None:
-    """The whole life of a process."""
-    log = os.open(run.out / f"output-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if run.processes > 1:
-        number = str(run.processes)
-        os.environ.update(
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-        )
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+def train(run: Run, started: list) -> None:
+    """The whole life of a process; `started` has an event for each."""
+    rank = int(os.environ.get("RANK", 0))
     if run.recipe is not None:
-        return train_recipe(run, started)
-    torch.set_num_threads(1)
-    gc.freeze()  # what the fork brought along: a collection of it takes half a second
+        return train_recipe(run, started[rank])
     mixin.plot = lambda *args: False  # most of the time of such a run
     trainer = make(run)
     if rank == 0:
         trainer.add_callback(Losses(run.out / "losses.jsonl"))
     if run.die is not None and run.dies == rank:
         arm(trainer, *run.die)
-    started.set()
+    started[rank].set()
     trainer.train(resume_from_checkpoint=run.resume)
     trainer.save_model(str(run.out / "final"))

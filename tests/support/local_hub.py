@@ -1,7 +1,6 @@
 """The handle of the tests on hub_server.py, which runs as a process of its own."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,10 +10,12 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlencode
 
+import pytest
 from hub_server import TOKENS
 
 
-XET = os.environ.get("HUB_TESTS") == "xet"  # which of the client's two upload paths
+# For what depends on how files travel; all other tests upload by Xet, as the client does unless it is told not to.
+BOTH_UPLOAD_PATHS = pytest.mark.parametrize("upload_path", ["xet", "lfs"], indirect=True)
 
 
 class LocalHub:
@@ -22,7 +23,7 @@ class LocalHub:
 
     >>> with LocalHub() as hub:
     ...     hub.fault(path="/commit/", status=500)
-    ...     run(code, env=os.environ | hub.environment(tmp_path / "home", xet=True))
+    ...     run(code, env=os.environ | hub.environment(tmp_path / "home"))
     ...     assert hub.read("me/adapter", "README.md").startswith(b"---")
 
     Repos are named as in their URLs: `me/adapter`, `datasets/me/data`, `spaces/me/demo`.
@@ -51,13 +52,13 @@ class LocalHub:
     def __exit__(self, *_):
         self.stop()
 
-    def environment(self, home, xet):
+    def environment(self, home):
         """What a client needs in its environment before huggingface_hub is imported."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_TOKEN": TOKENS["me"],
-            "HF_HUB_DISABLE_XET": "0" if xet else "1",
+            "HF_HUB_DISABLE_XET": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -1,6 +1,7 @@
-"""Cases for distributed/test_backends.py in two processes: `accelerate launch ... train_backends.py OUT [CASE ...]`.
+"""Trainings for distributed/test_backends.py in two processes: `… launch … train_backends.py OUT [CASE …]`.
 
-Every process writes for every case what it raised, or nothing. One process group serves all.
+Every process writes the trajectories of benchmarks/trajectories.py, and for every case what it raised, or nothing. One
+process group serves all.
 """
 
 import gc
@@ -46,6 +47,8 @@ import trajectories
 
 
 CASES: dict[str, Callable[[Path], None]] = {}
+# The record that README shows has ZeRO-0 and 1, too. The cases below have ZeRO-0; ZeRO-1 takes the ways of ZeRO-2.
+TRAJECTORIES = ["DDP", "FSDP2", "FSDP2 at load", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"]
 ZERO = [f"DeepSpeed ZeRO-{stage}" for stage in (0, 2, 3)] if is_deepspeed_available() else []
 SGD = {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0}
 
@@ -384,11 +387,22 @@ def broken_forward(out: Path) -> None:
     trainer("FSDP2", out, [LoraSbCallback(num_samples=4, forward_fn=forward_fn)], adapted(LoraSbConfig)).train()
 
 
+def follow_trajectories(out: Path) -> None:
+    """The same training on every backend; the folder has the base model that "FSDP2 at load" starts from."""
+    for backend in TRAJECTORIES:
+        if ZERO or not backend.startswith("DeepSpeed"):
+            for method in trajectories.METHODS:
+                found = trajectories.run(backend, method, str(out))
+                torch.save(found, out / f"{backend}-{method}-{dist.get_rank()}.pt")
+
+
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # as conftest.py does
     trajectories.arguments("DDP", str(out))  # the process group
+    if not names:
+        follow_trajectories(out)
     found = {}
     for name in names or CASES:
         folder = out / name

@@ -1,11 +1,9 @@
-"""A small training for report/test_recorder.py: `accelerate launch ... train_record.py OUT`."""
+"""A small training in two processes, for report/test_recorder.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import tiny
-import torch
 from trl import SFTConfig
 
 from hf_reflora import RefLoraSFTTrainer
@@ -14,7 +12,6 @@ from hf_reflora.report import record
 
 def train(out: Path) -> None:
     """Trains, saves, and lists the records that this process has written."""
-    torch.set_num_threads(1)
     written, write = [], record.write_json
 
     def noted(path, *args):
@@ -31,7 +28,3 @@ def train(out: Path) -> None:
     trainer.train()
     trainer.save_model()
     (out / f"writes-{trainer.args.process_index}.json").write_text(json.dumps(written))
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]))

@@ -30,20 +30,8 @@ EARLY = ("run_record.json", "trainer_state.json")
 MOMENTS = [*(("half", file) for file in FILES), *(("before", file) for file in EARLY)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    """The processes' server imports kill_runs by it."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    yield
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-
-
 @pytest.fixture(scope="module")
-def unbroken(path, tmp_path_factory):
+def unbroken(tmp_path_factory):
     """Run and seconds of the training, by (method, processes)."""
     done = {}
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+import tiny_trainer
 import torch
 from adapter_layers import adapters, delta, factors, truncation
 from peft import LoraConfig, PeftModel
@@ -42,15 +43,12 @@ def base(tmp_path_factory) -> str:
 def make_trainer(folder, base, bits, method, more=(), **changes) -> SFTTrainer:
     config, callbacks = {**METHODS, **PLAIN}[method]
     torch.manual_seed(1)
-    return SFTTrainer(
-        model=base,
-        args=SFTConfig(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.token_dataset(16, labels=False),
-        processing_class=tiny.tokenizer(),
-        quantization_config=BITS[bits],
-        peft_config=config(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-        callbacks=[*callbacks(), *more],
-    )
+    adapter = {
+        "quantization_config": BITS[bits],
+        "peft_config": config(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        "callbacks": [*callbacks(), *more],
+    }
+    return tiny_trainer.build(folder, SFTTrainer, base, more=adapter, **changes)
 
 
 def losses(trainer) -> list[float]:

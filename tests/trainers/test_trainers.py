@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import tiny_trainer
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from hf_reflora import (
@@ -23,21 +24,13 @@ from hf_reflora import (
 )
 
 
-KINDS = {"Trainer": (RefLoraTrainer, TrainingArguments), "SFTTrainer": (RefLoraSFTTrainer, SFTConfig)}
+KINDS = {"Trainer": RefLoraTrainer, "SFTTrainer": RefLoraSFTTrainer}
 METRICS = {"balance_gap", "balance_residual", "cond_P", "cond_Q", "norm_A", "norm_B", "fallback"}
 
 
 def make_trainer(tmp_path, kind="SFTTrainer", model=None, reflora=None, more=None, **changes):
-    trainer_cls, config = KINDS[kind]
-    return trainer_cls(
-        model=tiny.lora(tiny.llama()) if model is None else model,
-        args=config(**tiny.arguments(tmp_path, **changes)),
-        train_dataset=tiny.token_dataset(16, labels=kind == "Trainer"),
-        eval_dataset=tiny.token_dataset(4, labels=kind == "Trainer"),
-        processing_class=tiny.tokenizer(),
-        reflora=reflora,
-        **(more or {}),
-    )
+    more = {"eval_dataset": tiny.token_dataset(4, labels=kind == "Trainer"), "reflora": reflora, **(more or {})}
+    return tiny_trainer.build(tmp_path, KINDS[kind], model, more=more, **changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,18 +58,12 @@ def test_a_refactoring_optimizer_is_refused_at_construction(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trainer_is_the_callback_and_nothing_else(tmp_path, kind):
-    results = []
-    stock = next(c for c in KINDS[kind][0].__mro__ if c.__module__.startswith(("transformers", "trl")))
-    for trainer_cls in (KINDS[kind][0], stock):
+    results, ours = [], KINDS[kind]
+    stock = next(cls for cls in ours.__mro__ if cls.__module__.startswith(("transformers", "trl")))
+    for cls in (ours, stock):
         settings = RefLoraCallback(interval=2)
-        extra = {"reflora": settings} if trainer_cls is KINDS[kind][0] else {"callbacks": [settings]}
-        trainer = trainer_cls(
-            model=tiny.lora(tiny.llama()),
-            args=KINDS[kind][1](**tiny.arguments(tmp_path)),
-            train_dataset=tiny.token_dataset(16, labels=kind == "Trainer"),
-            processing_class=tiny.tokenizer(),
-            **extra,
-        )
+        more = {"reflora": settings} if cls is ours else {"callbacks": [settings]}
+        trainer = tiny_trainer.build(tmp_path, cls, more=more)
         trainer.train()
         results.append(tiny.trainable(trainer.model))
     tiny.assert_same(*results)

@@ -2,11 +2,12 @@
 
 import pytest
 import tiny
+import tiny_trainer
 import torch
 from accelerate.state import AcceleratorState
 from adapter_layers import adapters, everything
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from versions import UNCOUNTED_LABELS, needs
 
 from hf_reflora import (
@@ -37,13 +38,8 @@ def start(method: str, samples: int = 7):
 
 def make_trainer(folder, method, model=None, callbacks=None, optimizers=(None, None), **changes) -> Trainer:
     made, used = start(method)
-    return Trainer(
-        model=made if model is None else model,
-        args=TrainingArguments(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.token_dataset(32),
-        callbacks=used if callbacks is None else callbacks,
-        optimizers=optimizers,
-    )
+    more = {"callbacks": used if callbacks is None else callbacks, "optimizers": optimizers}
+    return tiny_trainer.build(folder, Trainer, made if model is None else model, 32, more, **changes)
 
 
 def rows(trainer) -> list[tuple]:

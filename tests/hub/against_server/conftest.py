@@ -4,16 +4,30 @@ import os
 import tempfile
 
 import pytest
-from local_hub import XET, LocalHub
+from local_hub import LocalHub
 
 
 HUB = LocalHub().start()
 _home = tempfile.TemporaryDirectory(prefix="hf_home", ignore_cleanup_errors=True)
-os.environ.update(HUB.environment(_home.name, xet=XET))
+os.environ.update(HUB.environment(_home.name))
 
 
 @pytest.fixture
-def server():
+def upload_path(request, monkeypatch):
+    """How large files are uploaded: "xet", or "lfs" where a test asks for it; with HUB_TESTS=lfs it is always "lfs"."""
+    from huggingface_hub import constants
+
+    default = "lfs" if os.environ["HUB_TESTS"] == "lfs" else "xet"
+    path = getattr(request, "param", default)
+    if (path, default) == ("xet", "lfs"):
+        pytest.skip("HUB_TESTS=lfs: nothing is uploaded by Xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", path == "lfs")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", str(int(path == "lfs")))  # of the processes that a test starts
+    return path
+
+
+@pytest.fixture
+def server(upload_path):
     HUB.reset()
     return HUB
 

@@ -9,7 +9,6 @@ import huggingface_hub
 import pytest
 import saved_adapters
 from huggingface_hub import HfApi, get_session
-from local_hub import XET
 
 from hf_reflora import PushError, push_adapter
 from hf_reflora.hub import retry
@@ -115,8 +114,15 @@ def weights_arrived(server, folder):
     )
 
 
+def by_both_paths(cases: list, of_xet: list, of_lfs: list) -> list:
+    """The cases by Xet, and by LFS those that meet the files on their way."""
+    uploading = [case for case in cases if case[1] in ("/preupload/", "/commit/")]
+    by_xet = [pytest.param("xet", *case[1:], id=case[0]) for case in cases + of_xet]
+    return by_xet + [pytest.param("lfs", *case[1:], id=f"{case[0]}, by LFS") for case in uploading + of_lfs]
+
+
 @pytest.mark.parametrize(
-    ("path", "fault"), [pytest.param(*case[1:], id=case[0]) for case in SURVIVED + (XET_TOKEN if XET else LFS)]
+    ("upload_path", "path", "fault"), by_both_paths(SURVIVED, XET_TOKEN, LFS), indirect=["upload_path"]
 )
 def test_survived(server, tmp_path, path, fault):
     folder = saved_adapters.lora(tmp_path)
@@ -132,10 +138,11 @@ def test_survived(server, tmp_path, path, fault):
 
 
 @pytest.mark.parametrize(
-    ("path", "fault", "message", "commits"),
-    [pytest.param(*case[1:], id=case[0]) for case in FATAL + (FATAL_XET if XET else FATAL_LFS)],
+    ("upload_path", "path", "fault", "message", "commits"),
+    by_both_paths(FATAL, FATAL_XET, FATAL_LFS),
+    indirect=["upload_path"],
 )
-def test_fatal_until_mended(server, tmp_path, path, fault, message, commits):
+def test_fatal_until_mended(server, upload_path, tmp_path, path, fault, message, commits):
     """The push stops in bounded time with a sentence; the same call brings what is missing once the fault is gone."""
     folder = saved_adapters.lora(tmp_path)
     server.fault(path, **{"times": -1, **fault})
@@ -152,7 +159,7 @@ def test_fatal_until_mended(server, tmp_path, path, fault, message, commits):
     push_adapter(folder, "me/adapter")
     assert len(server.commits("me/adapter")) == 2
     assert weights_arrived(server, folder)
-    if commits and "/commit/" in path and not XET:
+    if commits and "/commit/" in path and upload_path == "lfs":
         assert len(server.log("PUT", "/_lfs/")) == sent  # the weights were there already
 
 

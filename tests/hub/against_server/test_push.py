@@ -14,7 +14,7 @@ import tiny
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
-from local_hub import XET
+from local_hub import BOTH_UPLOAD_PATHS
 from peft import AutoPeftModelForCausalLM, PeftModel
 from versions import needs
 
@@ -47,7 +47,8 @@ def uploads(server):
     return [entry for entry in server.log("PUT|POST") if "/commit/" in entry["path"] or entry["method"] == "PUT"]
 
 
-def test_everything_arrives_in_one_commit(server, tmp_path):
+@BOTH_UPLOAD_PATHS
+def test_everything_arrives_in_one_commit(server, upload_path, tmp_path):
     folder = saved_adapters.lora(tmp_path)
     (folder / "training.png").unlink()  # it is drawn
     done = push_adapter(folder, "me/adapter")
@@ -60,13 +61,14 @@ def test_everything_arrives_in_one_commit(server, tmp_path):
     assert (done.repo_id, done.commit.oid) == ("me/adapter", server.commits("me/adapter")[0]["oid"])
     assert set(done.files) == FILES - {".gitattributes"}
     assert done.left_out == saved_adapters.LEFT_OUT
-    assert server.files("me/adapter")["adapter_model.safetensors"]["kind"] == ("xet" if XET else "lfs")
+    assert server.files("me/adapter")["adapter_model.safetensors"]["kind"] == upload_path
     data = front_matter(server, "me/adapter")
     assert (data["library_name"], data["base_model"], data["base_model_relation"]) == ("peft", "me/base", "adapter")
     card = server.read("me/adapter", "README.md").decode()
     assert card == render(RunRecord.from_dict(saved_adapters.RECORD), repo_id="me/adapter", plot="training.png")
 
 
+@BOTH_UPLOAD_PATHS
 def test_what_is_there_is_not_sent_again(server, tmp_path):
     first = push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
     sent = len(uploads(server))
@@ -76,6 +78,7 @@ def test_what_is_there_is_not_sent_again(server, tmp_path):
     assert len(server.commits("me/adapter")) == 2
 
 
+@BOTH_UPLOAD_PATHS
 def test_an_update_sends_what_is_different(server, tmp_path):
     push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
     HfApi().upload_file(path_or_fileobj=b"of others", path_in_repo="notes.txt", repo_id="me/adapter")
@@ -150,6 +153,7 @@ def test_a_lora_sb_adapter_is_a_lora_for_everybody(server, tmp_path):
     assert push_adapter(folder, "me/adapter").commit.oid == done.commit.oid
 
 
+@BOTH_UPLOAD_PATHS
 def test_adapters_load_by_their_id(server, tmp_path):
     tiny.llama().push_to_hub("me/base")
     push_adapter(saved_adapters.lora(tmp_path), "me/adapter", private=True)
@@ -161,14 +165,16 @@ def test_adapters_load_by_their_id(server, tmp_path):
         torch.testing.assert_close(saved_adapters.logits(found), expected, rtol=0, atol=0)
 
 
-def test_large_files_go_in_parts(server, tmp_path):
+@BOTH_UPLOAD_PATHS
+def test_large_files_go_in_parts(server, upload_path, tmp_path):
     server.settings(chunk_size=5_000_000)
     config = {"vocab_size": 40_000, "hidden_size": 64}
     model = tiny.lora(tiny.llama(**config), target_modules=["embed_tokens", "q_proj"], r=64)
     push_adapter(saved_adapters.saved(model, tmp_path, "me/base", None), "me/adapter")
     file = server.files("me/adapter")["adapter_model.safetensors"]
     assert file["size"] > 10_000_000
-    assert XET or len([e for e in server.log("PUT") if "_lfs" in e["path"]]) == -(-file["size"] // 5_000_000)
+    if upload_path == "lfs":
+        assert len([e for e in server.log("PUT") if "_lfs" in e["path"]]) == -(-file["size"] // 5_000_000)
     found = PeftModel.from_pretrained(tiny.llama(**config), "me/adapter")
     expected = PeftModel.from_pretrained(tiny.llama(**config), str(tmp_path))
     torch.testing.assert_close(saved_adapters.logits(found), saved_adapters.logits(expected), rtol=0, atol=0)
@@ -348,9 +354,7 @@ def test_command_pushes_and_says_what(server, tmp_path, capsys):
 
 
 def test_the_readmes_command_pushes(server, tmp_path, monkeypatch):
-    [line] = re.findall(
-        r"^ +hf-reflora (push .*)$", (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8"), re.M
-    )
+    [line] = re.findall(r"^ +hf-reflora (push .*)$", (ROOT / "model_cards" / "README.md").read_text("utf-8"), re.M)
     monkeypatch.chdir(tmp_path)
     saved_adapters.lora(tmp_path / line.split()[1])
     main(line.split())

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import saved_adapters
 import tiny
+import tiny_trainer
+import trl.trainer.utils
 import yaml
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from local_hub import BOTH_UPLOAD_PATHS
 from peft import LoraConfig, PeftModel
-from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, PushError, RefLoraSFTTrainer, RefLoraTrainer
@@ -22,6 +24,7 @@ from hf_reflora.cli import main
 from hf_reflora.hub import adapter, staging
 from hf_reflora.report import record, recorder
 from hf_reflora.trainers import mixin
+from hf_reflora.recipes import sft
 
 
 ROOT = Path(__file__).parents[3]
@@ -29,19 +32,12 @@ ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "run
 
 
 def make_trainer(folder, cls=RefLoraSFTTrainer, **settings):
-    settings = tiny.arguments(folder, **{"push_to_hub": True, "hub_model_id": "me/adapter", **settings})
+    settings = {"push_to_hub": True, "hub_model_id": "me/adapter", **settings}
+    if cls is RefLoraTrainer:
+        return tiny_trainer.build(folder, cls, **settings)
     peft = LoraSbConfig(r=4, init_weights=True) if cls is LoraSbSFTTrainer else LoraConfig(r=4)
     peft.target_modules, peft.task_type = {"q_proj", "v_proj"}, "CAUSAL_LM"
-    if cls is RefLoraTrainer:
-        model = tiny.lora(tiny.llama())
-        return cls(model=model, args=TrainingArguments(**settings), train_dataset=tiny.token_dataset())
-    return cls(
-        model=tiny.llama(),
-        args=SFTConfig(**settings),
-        train_dataset=tiny.chat_dataset(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-    )
+    return tiny_trainer.build(folder, cls, tiny.llama(), tiny.chat_dataset(), {"peft_config": peft}, **settings)
 
 
 def titles(server, repo_id="me/adapter"):
@@ -179,6 +175,7 @@ def test_push_without_push_to_hub(server, tmp_path):
     assert titles(server) == ["initial commit"]
 
 
+@BOTH_UPLOAD_PATHS
 def test_checkpoints_in_the_background(server, tmp_path):
     """`every_save`: the adapter of each checkpoint; each commit has the record of its own step."""
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, hub_always_push=True)
@@ -193,6 +190,7 @@ def test_checkpoints_in_the_background(server, tmp_path):
     assert not list(tmp_path.glob(".push-*/*"))
 
 
+@BOTH_UPLOAD_PATHS
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_training_goes_on_from_a_checkpoint_on_the_hub(server, tmp_path, strategy):
     settings = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": strategy, "hub_always_push": True}
@@ -300,31 +298,20 @@ def test_the_record_names_commits_of_model_and_data(server, tmp_path):
     assert "base_model:adapter:me/base" in data["tags"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_recipe_pushes(server, tmp_path, processes):
-    """From a model and a dataset on the Hub. Two processes push once; with one, the push is refused and finished."""
+@pytest.fixture
+def recipe(server, tmp_path) -> list[str]:
+    """The recipe's options, with a model and a dataset of the Hub."""
     tiny.llama().push_to_hub("me/base")
     tiny.tokenizer().push_to_hub("me/base")
     tiny.chat_dataset(16).push_to_hub("me/data")
-    options = ["--multi_gpu", "--main_process_port", "0"] if processes == 2 else []
-    options += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command = [Path(sys.executable).parent / "accelerate", "launch", *options, "--dynamo_backend", "no"]
-    command += [ROOT / "recipes" / "sft_reflora.py", "--method", "reflora", "--model_name_or_path", "me/base"]
-    command += ["--dataset_name", "me/data", "--output_dir", tmp_path / "out", "--bf16", "false", "--use_cpu", "true"]
-    command += ["--lora_target_modules", "q_proj", "v_proj", "--max_steps", "3", "--logging_steps", "1"]
-    command += ["--per_device_train_batch_size", "2", "--report_to", "none", "--cpu_threads", "1"]
-    command += ["--push_to_hub", "--hub_model_id", "team/adapter", "--hub_strategy", "end"]
-    if processes == 1:
-        server.fault("/commit/", status=403, body={"error": "Forbidden"}, times=1)
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    if processes == 1:  # refused at the end: a failed status, and the command that finishes
-        assert done.returncode != 0
-        assert f"this finishes it: hf-reflora push {tmp_path}/out team/adapter" in done.stderr
-        assert titles(server, "team/adapter") == ["initial commit"]
-        main(["push", str(tmp_path / "out"), "team/adapter"])
-    else:
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert f"Pushed: {server.url}/team/adapter/commit/" in done.stdout
+    options = ["--method", "reflora", "--model_name_or_path", "me/base", "--dataset_name", "me/data"]
+    options += ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--use_cpu", "true", "--cpu_threads", "1"]
+    options += ["--lora_target_modules", "q_proj", "v_proj", "--max_steps", "3", "--logging_steps", "1"]
+    options += ["--per_device_train_batch_size", "2", "--report_to", "none"]
+    return [*options, "--push_to_hub", "--hub_model_id", "team/adapter", "--hub_strategy", "end"]
+
+
+def assert_pushed(server, processes: int, printed: str) -> None:
     assert len(titles(server, "team/adapter")) == 2
     record = json.loads(server.read("team/adapter", "run_record.json"))
     assert (record["processes"], record["step"]) == (processes, 3)
@@ -333,4 +320,25 @@ def test_the_recipe_pushes(server, tmp_path, processes):
     assert record["dataset_revision"] == server.commits("datasets/me/data")[0]["oid"]
     card = server.read("team/adapter", "README.md").decode()
     assert "# adapter" in card
-    assert server.tokens["me"] not in card + json.dumps(record) + done.stdout + done.stderr
+    assert server.tokens["me"] not in card + json.dumps(record) + printed
+
+
+def test_the_recipe_in_two_processes_pushes_once(server, recipe, tmp_path):
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [ROOT / "recipes" / "sft_reflora.py", *recipe]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"Pushed: {server.url}/team/adapter/commit/" in done.stdout
+    assert_pushed(server, 2, done.stdout + done.stderr)
+
+
+def test_the_recipes_push_is_refused_and_finished(server, recipe, tmp_path, monkeypatch, capfd):
+    """The error, with which a command fails, names the command that finishes it."""
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)  # main sets it for good
+    server.fault("/commit/", status=403, body={"error": "Forbidden"}, times=1)
+    with pytest.raises(PushError, match=f"this finishes it: hf-reflora push {tmp_path}/out team/adapter"):
+        sft.main(*sft.make_parser().parse_args_and_config(recipe))
+    assert titles(server, "team/adapter") == ["initial commit"]
+    main(["push", str(tmp_path / "out"), "team/adapter"])
+    assert_pushed(server, 1, "".join(capfd.readouterr()))
