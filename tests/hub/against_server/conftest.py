@@ -14,7 +14,7 @@ os.environ.update(HUB.environment(_home.name))
 
 @pytest.fixture
 def upload_path(request, monkeypatch):
-    """How large files are uploaded: "xet", or "lfs" where a test asks for it; with HUB_TESTS=lfs it is always "lfs"."""
+    """How large files are uploaded: "xet", or "lfs" where a test asks for it or HUB_TESTS=lfs for all."""
     from huggingface_hub import constants
 
     default = "lfs" if os.environ["HUB_TESTS"] == "lfs" else "xet"

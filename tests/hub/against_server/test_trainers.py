@@ -22,9 +22,9 @@ from trl import SFTConfig
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, PushError, RefLoraSFTTrainer, RefLoraTrainer
 from hf_reflora.cli import main
 from hf_reflora.hub import adapter, staging
+from hf_reflora.recipes import sft
 from hf_reflora.report import record, recorder
 from hf_reflora.trainers import mixin
-from hf_reflora.recipes import sft
 
 
 ROOT = Path(__file__).parents[3]
