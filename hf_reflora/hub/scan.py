@@ -1,4 +1,4 @@
-"""Secrets in files that are about to be published."""
+"""Looks for secrets in files that are about to be published."""
 
 import os
 import re
@@ -14,8 +14,9 @@ PATTERNS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
-SHORTEST = 8
-CHUNK, OVERLAP = 1 << 24, 1 << 10
+SHORTEST = 8  # characters; a shorter value, such as "true", stands in ordinary files, too
+CHUNK = 1 << 24  # bytes that are read at a time: weights can be larger than the memory
+OVERLAP = 1 << 10  # bytes of the chunk before that are searched again, because a secret may cross the border
 
 
 class SecretFound(ValueError):
@@ -35,22 +36,25 @@ def check_files(folder: Path, files: Iterable[Path], secrets: Iterable[str | Non
     """
     known = [("the token in use", value) for value in secrets if value]
     named = {name: value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
+    # HF_TOKEN_PATH and the like name a file; its path is no secret.
     known += [(f"the value of ${name}", value) for name, value in named.items() if not os.path.exists(value)]
     patterns = PATTERNS | {what: re.escape(value.encode()) for what, value in known}
-    found = [f"{file.relative_to(folder).as_posix()} has {what}" for file in files for what in _kinds(file, patterns)]
-    if found:
+    places = [f"{file.relative_to(folder).as_posix()} has {what}" for file in files for what in _kinds(file, patterns)]
+    if places:
         raise SecretFound(
-            f"Secrets were found and nothing was published: {'; '.join(found)}. Remove them from the files, and "
+            f"Secrets were found and nothing was published: {'; '.join(places)}. Remove them from the files, and "
             "revoke them if the files have been anywhere else."
         )
 
 
 def _kinds(file: Path, patterns: dict[str, bytes]) -> list[str]:
-    found, tail = [], b""
+    """The kinds of secrets in a file."""
+    kinds: list[str] = []
+    tail = b""
     overlap = max(OVERLAP, *map(len, patterns.values()))
     with open(file, "rb") as stream:
         while block := stream.read(CHUNK):
             text = tail + block
-            found += [what for what, pattern in patterns.items() if what not in found and re.search(pattern, text)]
+            kinds += [what for what, pattern in patterns.items() if what not in kinds and re.search(pattern, text)]
             tail = text[-overlap:]
-    return found
+    return kinds

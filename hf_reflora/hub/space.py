@@ -1,4 +1,4 @@
-"""The before/after Space of an adapter: its files, filled in, and the push of them."""
+"""Makes and pushes the Space that shows an adapter beside its base model."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from .scan import check_files
 from .upload import is_public, upload
 
 
-# In an installed package by pyproject.toml, or in the repository.
+# Where the Space's files are: pyproject.toml puts them into an installed package; a clone has them in spaces/.
 INSTALLED = Path(__file__).parents[1] / "before_after"
 SOURCE = Path(__file__).parents[2] / "spaces" / "before_after"
 FILES = ("README.md", "app.py", "engine.py", "results.py", "requirements.txt")
@@ -77,6 +77,7 @@ def deploy_space(
         fill(folder, base=base, adapters=adapters, license=license, zero_gpu=zero_gpu)
         check_files(folder, [folder / name for name in FILES], secrets.values())
         names = [adapter.rpartition("/")[2] for adapter in adapters]
+        # Two adapters of one name (a/tool-calls, b/tool-calls) would have one entry in the page's list: use the ids.
         listed = [
             f"{adapter}={adapter}" if names.count(name) > 1 else adapter
             for adapter, name in zip(adapters, names, strict=True)
