@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
@@ -31,10 +31,16 @@ from .background_push import BackgroundPushes
 from .checkpoints import begin_checkpoint, checkpoint_to_resume, rotate
 
 
+# A type checker must know whose methods the mixin calls; at run time the Trainer comes from the list of bases.
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
 logger = logging.get_logger(__name__)
 
 
-class AdapterTrainerMixin:
+class AdapterTrainerMixin(_Base):
     """For a `Trainer` of adapters, before it in the list of bases. The trainers of hf_reflora have it.
 
     Checkpoints. A run that was killed at any moment goes on where it was:
@@ -67,10 +73,9 @@ class AdapterTrainerMixin:
 
     def __init__(self, *args, callbacks: list | None = None, **kwargs):
         callbacks = [c() if c is RunRecordCallback else c for c in callbacks or []]
-        self.run_record = next((c for c in callbacks if isinstance(c, RunRecordCallback)), None)
-        if self.run_record is None:
-            self.run_record = RunRecordCallback()
-            callbacks.append(self.run_record)
+        if not any(isinstance(c, RunRecordCallback) for c in callbacks):
+            callbacks.append(RunRecordCallback())
+        self.run_record: RunRecordCallback = next(c for c in callbacks if isinstance(c, RunRecordCallback))
         # The rows as the user gave them: TRL tokenizes and packs its train_dataset.
         known = {**dataset_facts(kwargs.get("train_dataset")), **self._record_facts(callbacks)}
         self.run_record.facts = {"tags": list(self._tag_names), **known, **self.run_record.facts}
@@ -279,7 +284,7 @@ class AdapterTrainerMixin:
             self._pushes.push,
             repo,
             Path(self.args.output_dir),
-            commit_message,
+            commit_message or "End of training",  # the Hub refuses a commit without a message
             hub_card=self._hub_card,
             card_is_current=True,
         )
@@ -301,7 +306,8 @@ class AdapterTrainerMixin:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Called by a Trainer with `push_to_hub=True` when it has saved a checkpoint."""
         args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        # `init_hf_repo` has prepared the repository, on the main process only.
+        if self._repo is None or args.hub_strategy == HubStrategy.END:
             return
         if self._pushes.busy and not args.hub_always_push:
             return
