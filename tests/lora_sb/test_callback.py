@@ -630,6 +630,7 @@ def test_settings_reach_the_initialization(tmp_path):
 def test_tags_and_card(tmp_path):
     trainer = make_trainer(tmp_path, cls=LoraSbSFTTrainer, save_strategy="steps", save_steps=4)
     trainer.train()
+    trainer.save_model()
     assert "lora-sb" in trainer.model.model_tags
     card = ModelCard.load(tmp_path / "README.md")
     assert {"trl", "sft", "lora-sb"} <= set(card.data.tags)
