@@ -5,7 +5,7 @@ adapters. The pairs are therefore looked up from the layers, which stay, at each
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,21 +56,20 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.detach().permute(0, *order).view(len(tensor), math.prod(tensor.shape[1:]))
 
 
-def blocks_of_A(pairs: Sequence[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """The blocks of one tensor of A's shape for each pair, in one list; None for each block of a missing tensor."""
+def blocks_of(
+    pairs: Sequence[LoraPair],
+    split: Callable[[LoraPair, Tensor], tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The blocks of one tensor for each pair, in one list; None for each block of a missing tensor.
+
+    Args:
+        split: `LoraPair.split_A` for tensors of A's shape, `LoraPair.split_B` for those of B's.
+    """
     return [
         block
         for pair, tensor in zip(pairs, tensors, strict=True)
-        for block in ([None] * pair.blocks if tensor is None else pair.split_A(tensor))
-    ]
-
-
-def blocks_of_B(pairs: Sequence[LoraPair], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """The blocks of one tensor of B's shape for each pair, as `blocks_of_A`."""
-    return [
-        block
-        for pair, tensor in zip(pairs, tensors, strict=True)
-        for block in ([None] * pair.blocks if tensor is None else pair.split_B(tensor))
+        for block in ([None] * pair.blocks if tensor is None else split(pair, tensor))
     ]
 
 

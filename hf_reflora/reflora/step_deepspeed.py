@@ -20,7 +20,7 @@ from ..distributed.parameters import (
     has_zero_master_copy,
     is_zero3_partitioned,
 )
-from .factors import LoraPair, blocks_of_A, blocks_of_B, trainable_pairs
+from .factors import LoraPair, trainable_pairs
 from .optimizer_support import moment_degree
 from .refactor import balance_scalars, factor_norms, ieee_arithmetic, refactorings
 from .settings import RefLora
@@ -103,7 +103,7 @@ class DeepSpeedStep(PlainStep):
 
     def _scalars(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[Tensor]:
         """s of Theorem 5 for every block."""
-        As, Bs = blocks_of_A(pairs, [pair.A for pair in pairs]), blocks_of_B(pairs, [pair.B for pair in pairs])
+        As, Bs = self._local_factors(pairs)
         return balance_scalars(factor_norms(As), factor_norms(Bs), self._inverse_steps(pairs, optimizer))
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class DeepSpeedStep(PlainStep):
         if self.settings.method == "reflora_s":
             by_block = {i: (s.reciprocal(), s) for i, s in enumerate(self._scalars(pairs, optimizer))}
         else:
-            As, Bs = blocks_of_A(pairs, [pair.A for pair in pairs]), blocks_of_B(pairs, [pair.B for pair in pairs])
+            As, Bs = self._local_factors(pairs)
             inverse_steps = self._inverse_steps(pairs, optimizer)
             eps, dtype = self.settings.eps, self.settings.torch_dtype
             by_block = {}

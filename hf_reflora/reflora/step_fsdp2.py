@@ -10,11 +10,10 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.optim import Optimizer
 
 from ..distributed.parameters import copy_full_, full_tensor, local_tensor, sum_over_shards
-from .factors import LoraPair, blocks_of_A, blocks_of_B, trainable_pairs
-from .precondition import precondition_, precondition_scalar_
+from .factors import LoraPair, blocks_of, trainable_pairs
+from .precondition import precondition_
 from .refactor import compute_dtype
 from .settings import RefLora
 from .step_plain import PlainStep
@@ -33,16 +32,6 @@ class Fsdp2Step(PlainStep):
         for pair in trainable_pairs(layers):
             _check_shards(pair)
 
-    def precondition(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
-        norm = super().precondition(pairs, optimizer)
-        # Of DTensors get_total_norm returns a DTensor that holds this process's part of the norm.
-        return None if norm is None else full_tensor(norm)
-
-    def diagnose(self) -> dict[str, Tensor]:
-        pairs = trainable_pairs(self.layers)
-        As, Bs = ([full_tensor(factor) for factor in factors] for factors in _factors(pairs))
-        return self._diagnose(pairs, As, Bs) if pairs else {}
-
     def _precondition(
         self,
         pairs: list[LoraPair],
@@ -50,22 +39,15 @@ class Fsdp2Step(PlainStep):
         grads_B: list[Tensor | None],
         inverse_steps: list[float] | None,
     ) -> None:
-        Bs = blocks_of_B(pairs, [local_tensor(pair.B) for pair in pairs])
-        local_grads_B = blocks_of_B(pairs, [None if grad is None else local_tensor(grad) for grad in grads_B])
-        if self.settings.method == "reflora_s":  # s multiplies every row alike, so nothing is gathered but norms
-            As = blocks_of_A(pairs, [local_tensor(pair.A) for pair in pairs])
-            local_grads_A = blocks_of_A(pairs, [None if grad is None else local_tensor(grad) for grad in grads_A])
-            norms = self._norms(pairs)
-            precondition_scalar_(As, Bs, local_grads_A, local_grads_B, inverse_steps=inverse_steps, norms=norms)
-            return
         # All processes multiply the full ∇A by the same bit-identical S⁻¹ and keep their own rows of the product.
         full_grads_A = [None if grad is None else full_tensor(grad) for grad in grads_A]
-        factors_B = _by_block(pairs, [pair.B for pair in pairs])
+        Bs = [pair.B for pair in pairs]
+        factors_B = _by_block(pairs, Bs)
         precondition_(
-            blocks_of_A(pairs, [full_tensor(pair.A.detach()) for pair in pairs]),
-            Bs,
-            blocks_of_A(pairs, full_grads_A),
-            local_grads_B,
+            blocks_of(pairs, LoraPair.split_A, [full_tensor(pair.A.detach()) for pair in pairs]),
+            self._local_blocks(pairs, LoraPair.split_B, Bs),
+            blocks_of(pairs, LoraPair.split_A, full_grads_A),
+            self._local_blocks(pairs, LoraPair.split_B, grads_B),
             eps=self.settings.eps,
             dtype=self.settings.torch_dtype,
             inverse_steps=inverse_steps,
@@ -78,15 +60,14 @@ class Fsdp2Step(PlainStep):
     def _local(self, tensor: Tensor) -> Tensor:
         return local_tensor(tensor)
 
+    def _full(self, tensor: Tensor) -> Tensor:
+        # get_total_norm, too, returns a DTensor of DTensors, which holds this process's part of the norm.
+        return full_tensor(tensor)
+
     def _norms(self, pairs: list[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
-        As, Bs = _factors(pairs)
-        blocks_A = blocks_of_A(pairs, [local_tensor(A) for A in As])
-        blocks_B = blocks_of_B(pairs, [local_tensor(B) for B in Bs])
-        return _full_norms(blocks_A, _by_block(pairs, As)), _full_norms(blocks_B, _by_block(pairs, Bs))
-
-
-def _factors(pairs: Sequence[LoraPair]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair.A for pair in pairs], [pair.B for pair in pairs]
+        blocks_A, blocks_B = self._local_factors(pairs)
+        factors_A, factors_B = _by_block(pairs, [p.A for p in pairs]), _by_block(pairs, [p.B for p in pairs])
+        return _full_norms(blocks_A, factors_A), _full_norms(blocks_B, factors_B)
 
 
 def _by_block(pairs: Sequence[LoraPair], factors: Sequence[Tensor]) -> list[Tensor]:

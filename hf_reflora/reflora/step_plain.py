@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..distributed.parameters import is_sharded
 from .diagnose import diagnose
-from .factors import LoraPair, blocks_of_A, blocks_of_B, dense_gradient, trainable_pairs
+from .factors import LoraPair, blocks_of, dense_gradient, trainable_pairs
 from .optimizer_support import moments
 from .precondition import precondition_, precondition_scalar_, rescale_
 from .settings import RefLora
@@ -47,7 +47,11 @@ class PlainStep:
     def diagnose(self) -> dict[str, Tensor]:
         """`hf_reflora.reflora.diagnose.diagnose` of the trainable pairs as they are now; {} where there is none."""
         pairs = trainable_pairs(self.layers)
-        return self._diagnose(pairs, [pair.A for pair in pairs], [pair.B for pair in pairs]) if pairs else {}
+        if not pairs:
+            return {}
+        As = blocks_of(pairs, LoraPair.split_A, [self._full(pair.A) for pair in pairs])
+        Bs = blocks_of(pairs, LoraPair.split_B, [self._full(pair.B) for pair in pairs])
+        return diagnose(As, Bs, eps=self.settings.eps, dtype=self.settings.torch_dtype)
 
     def precondition(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
         """Preconditions the gradients of the pairs that `optimizer` updates.
@@ -59,15 +63,21 @@ class PlainStep:
         if not pairs:
             return None
         # Gradients are looked up now and never kept: zero_grad(set_to_none=True) replaces them at each step.
-        self._precondition(
-            pairs,
-            [dense_gradient(pair.A) for pair in pairs],
-            [dense_gradient(pair.B) for pair in pairs],
-            self._inverse_steps(pairs, optimizer),
-        )
+        grads_A, grads_B = [dense_gradient(pair.A) for pair in pairs], [dense_gradient(pair.B) for pair in pairs]
+        inverse_steps = self._inverse_steps(pairs, optimizer)
+        if self.settings.method == "reflora_s":
+            precondition_scalar_(
+                *self._local_factors(pairs),
+                self._local_blocks(pairs, LoraPair.split_A, grads_A),
+                self._local_blocks(pairs, LoraPair.split_B, grads_B),
+                inverse_steps=inverse_steps,
+                norms=self._norms(pairs),
+            )
+        else:
+            self._precondition(pairs, grads_A, grads_B, inverse_steps)
         # Of torch's own norms this one takes the tensors of all devices and does not wait for any of them.
-        gradients = [p.grad for pair in pairs for p in (pair.A, pair.B) if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        present = [grad for grad in (*grads_A, *grads_B) if grad is not None]
+        return self._full(torch.nn.utils.get_total_norm(present))
 
     def rescale(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> None:
         """Rescales the pairs that `optimizer` updates and its moments (RefLoRA-S as a true refactoring).
@@ -84,8 +94,7 @@ class PlainStep:
             moments_A += moments(optimizer, pair.A, partial(self._split_local, pair.split_A), pair.blocks)
             moments_B += moments(optimizer, pair.B, partial(self._split_local, pair.split_B), pair.blocks)
         rescale_(
-            blocks_of_A(pairs, [self._local(pair.A) for pair in pairs]),
-            blocks_of_B(pairs, [self._local(pair.B) for pair in pairs]),
+            *self._local_factors(pairs),
             moments_A,
             moments_B,
             inverse_steps=self._inverse_steps(pairs, optimizer),
@@ -99,29 +108,45 @@ class PlainStep:
         grads_B: list[Tensor | None],
         inverse_steps: list[float] | None,
     ) -> None:
-        # The blocks are views of the factors and of the gradients, so what is written into them lands there.
-        As, Bs = blocks_of_A(pairs, [pair.A for pair in pairs]), blocks_of_B(pairs, [pair.B for pair in pairs])
-        gradients = blocks_of_A(pairs, grads_A), blocks_of_B(pairs, grads_B)
-        if self.settings.method == "reflora_s":
-            precondition_scalar_(As, Bs, *gradients, inverse_steps=inverse_steps)
-        else:
-            eps, dtype = self.settings.eps, self.settings.torch_dtype
-            precondition_(As, Bs, *gradients, eps=eps, dtype=dtype, inverse_steps=inverse_steps)
+        """∇A ← S⁻¹ ∇A and ∇B ← ∇B S (Theorem 3), in place."""
+        precondition_(
+            *self._local_factors(pairs),
+            self._local_blocks(pairs, LoraPair.split_A, grads_A),
+            self._local_blocks(pairs, LoraPair.split_B, grads_B),
+            eps=self.settings.eps,
+            dtype=self.settings.torch_dtype,
+            inverse_steps=inverse_steps,
+        )
+
+    def _local_blocks(
+        self,
+        pairs: Sequence[LoraPair],
+        split: Callable[[LoraPair, Tensor], tuple[Tensor, ...]],
+        tensors: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """`blocks_of` what this process has of the tensors: views, so what is written into them lands there."""
+        return blocks_of(pairs, split, [None if tensor is None else self._local(tensor) for tensor in tensors])
+
+    def _local_factors(self, pairs: Sequence[LoraPair]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        return (
+            self._local_blocks(pairs, LoraPair.split_A, [pair.A for pair in pairs]),
+            self._local_blocks(pairs, LoraPair.split_B, [pair.B for pair in pairs]),
+        )
 
     def _split_local(self, split: Callable[[Tensor], tuple[Tensor, ...]], tensor: Tensor) -> tuple[Tensor, ...]:
         return split(self._local(tensor))
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """What this process holds of a factor or of a moment."""
+        """What this process has of a factor, a gradient or a moment, sharing its memory."""
+        return tensor
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        """The full tensor of a factor or a norm."""
         return tensor
 
     def _norms(self, pairs: list[LoraPair]) -> tuple[list[Tensor], list[Tensor]] | None:
-        """‖A‖_F and ‖B‖_F of every block, where they cannot be computed from what this process holds."""
+        """‖A‖_F and ‖B‖_F of every block, where they cannot be computed from what this process has."""
         return None
-
-    def _diagnose(self, pairs: list[LoraPair], As: list[Tensor], Bs: list[Tensor]) -> dict[str, Tensor]:
-        eps, dtype = self.settings.eps, self.settings.torch_dtype
-        return diagnose(blocks_of_A(pairs, As), blocks_of_B(pairs, Bs), eps=eps, dtype=dtype)
 
     def _inverse_steps(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[float] | None:
         """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A."""
