@@ -10,13 +10,13 @@ from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from ..lora_sb.config import LoraSbConfig
+from ..reflora.settings import METHODS as REFLORA_METHODS
 from ..report.methods import METHODS
 from ..report.recorder import non_default
 from ..trainers.arguments import LoraSbArguments, RefLoraArguments
 from .shipped import config_file
 
 
-REFLORA = ("reflora", "reflora_s")
 INITS = ("default", "lora_sb")
 
 
@@ -74,7 +74,7 @@ class Options:
         if not self.model.use_peft:
             raise ValueError("This recipe trains LoRA adapters; leave use_peft true.")
         unused = {}
-        if self.recipe.method not in REFLORA:
+        if self.recipe.method not in REFLORA_METHODS:
             unused |= non_default(self.reflora)
         if not self.starts_from_gradient:
             unused |= non_default(self.lora_sb)

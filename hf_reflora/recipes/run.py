@@ -17,12 +17,13 @@ from trl import ScriptArguments, get_quantization_config
 from ..distributed.parameters import is_zero3_partitioned
 from ..hub.retry import PushError
 from ..lora_sb.initialize import LossFunction
+from ..reflora.settings import METHODS as REFLORA_METHODS
 from ..report.environment import environment, peak_memory_gb, redacted, usable_cores
 from ..report.ids import hub_id
 from ..report.methods import METHODS
 from ..report.recorder import RunRecordCallback, dataset_facts
 from . import embedded_model, shipped, summary
-from .options import REFLORA, Options
+from .options import Options
 from .scores import Scorer
 
 
@@ -109,7 +110,7 @@ class Run:
             lora_sb.forward_fn = forward_fn
             callbacks.append(lora_sb)
         arguments |= {"args": options.training, "callbacks": callbacks}
-        if options.recipe.method in REFLORA:
+        if options.recipe.method in REFLORA_METHODS:
             trainer = reflora(reflora=options.reflora.callback(options.recipe.method), **arguments)
         else:
             trainer = plain(**arguments)

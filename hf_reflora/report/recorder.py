@@ -85,12 +85,11 @@ class RunRecordCallback(TrainerCallback):
         processes.
         """
         self._refresh()
-        if not PartialState().is_main_process:
-            return self.record.without_secrets()
-        if not has_sharded_parameters(self._model):
-            self._diagnose()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.record.save(Path(folder) / RECORD_NAME)
+        if PartialState().is_main_process:
+            if not has_sharded_parameters(self._model):
+                self._diagnose()
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.record.save(Path(folder) / RECORD_NAME)
         return self.record.without_secrets()
 
     def write_together(self, folder: str | os.PathLike) -> RunRecord:
@@ -132,7 +131,8 @@ class RunRecordCallback(TrainerCallback):
             backend=backend_name(),
             # ZeRO-3 leaves a parameter of shape (0,) and keeps the number of its elements in ds_numel.
             trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
-            environment=environment(),
+            # It takes some tenths of a second and asks git, so not where the facts have it anyway, as in the recipes.
+            environment=self.facts.get("environment") or environment(),
         )
         if config.task_type == TaskType.SEQ_CLS:
             self.record.update(labels=list(model.config.id2label.values()))
