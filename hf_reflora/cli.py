@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
             from .recipes.launch import launch
 
             launch(arguments[0], arguments[1:])
+        elif arguments and arguments[0] == "sweep":
+            from .sweep.command import main as sweep
+
+            sweep(arguments[1:], prog="hf-reflora sweep")
         else:
             options = parser.parse_args(arguments)
             options.run(options)
@@ -47,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, what in RECIPES.items():
         commands.add_parser(name, help=f"train by {what}")
+    commands.add_parser("sweep", help="run a recipe for every combination of some options and compare")
     for add in (add_card, add_export, add_inspect, add_push, add_space):
         add(commands)
     return parser
