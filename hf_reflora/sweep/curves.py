@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+LABELS = {"losses": "training loss", "evaluations": "held-out loss"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -30,13 +31,11 @@ def draw(sweep: Sweep, outcomes: list[Outcome], folder: Path) -> list[Path]:
         draw_learning_rates(figure.subplots(), sweep, outcomes)
         paths.append(folder / "learning_rate.png")
         figure.savefig(paths[-1], dpi=120)
-    if bests:
-        evaluated = any(o.evaluations for best in bests for o in best.outcomes)
-        figure = Figure(figsize=(11 if evaluated else 6.4, 4.2), layout="constrained")
-        axes = figure.subplots(1, 2 if evaluated else 1, squeeze=False)[0]
-        draw_losses(axes[0], bests, "losses")
-        if evaluated:
-            draw_losses(axes[1], bests, "evaluations")
+    kinds = [kind for kind in LABELS if any(getattr(o, kind) for best in bests for o in best.outcomes)]
+    if kinds:
+        figure = Figure(figsize=(1 + 5 * len(kinds), 4.2), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            draw_losses(axes, bests, kind)
         paths.append(folder / "loss.png")
         figure.savefig(paths[-1], dpi=120)
     return paths
@@ -78,7 +77,8 @@ def draw_losses(axes: "Axes", bests: list[Best], kind: str) -> None:
         axes.fill_between(
             steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=color, alpha=0.15, lw=0
         )
-    axes.set(yscale="log", xlabel="optimizer step", ylabel="training loss" if kind == "losses" else "held-out loss")
+    positive = all(loss > 0 for best in bests for o in best.outcomes for _, loss in getattr(o, kind))
+    axes.set(yscale="log" if positive else "linear", xlabel="optimizer step", ylabel=LABELS[kind])
     axes.grid(alpha=0.3, which="both")
     axes.legend()
 

@@ -173,8 +173,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """The value of an option that stands on the command line."""
-    return _numbers(yaml.safe_load(text))
+    """The value of an option that stands on the command line: JSON, or else a text."""
+    # Not YAML, in which `no`, a value of save_strategy, is false.
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
 
 
 def read_grid(arguments: list[str]) -> dict[str, Any]:

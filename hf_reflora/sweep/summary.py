@@ -44,7 +44,8 @@ def mean_and_error(values: list[float]) -> str:
     if len(values) == 1:
         return f"{mean:.4g}"
     error = statistics.stdev(values) / math.sqrt(len(values))
-    digits = 4 if error == 0 else max(0, 1 - math.floor(math.log10(error)))
+    exponent = int(f"{error:.1e}".partition("e")[2])  # of the rounded error
+    digits = 4 if error == 0 else max(0, 1 - exponent)
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
