@@ -1,6 +1,7 @@
 """RefLoRA as a TrainerCallback: for `transformers.Trainer` and every TRL trainer."""
 
 import math
+import weakref
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,10 @@ from .optimizer_support import check_optim, check_optimizer
 from .settings import RefLora, shows_settings
 from .step import choose_step
 from .step_plain import PlainStep
+
+
+# The callback of each optimizer that trains. Both are held weakly: a trainer that is dropped leaves nothing behind.
+_callbacks: "weakref.WeakKeyDictionary[Optimizer, weakref.ref[RefLoraCallback]]" = weakref.WeakKeyDictionary()
 
 
 class RefLoraCallback(TrainerCallback):
@@ -45,7 +50,8 @@ class RefLoraCallback(TrainerCallback):
 
     Raises:
         ValueError: at construction for a value out of range; when training starts, if there is no trainable LoRA pair,
-            the optimizer needs a closure or steps inside the backward pass, or the backend is not supported.
+            the optimizer needs a closure or steps inside the backward pass, the trainer has a second RefLoraCallback,
+            or the backend is not supported.
             `RefLoraTrainer`, `RefLoraSFTTrainer` and `RefLoraDPOTrainer` raise the latter at construction.
         NotImplementedError: when training starts, for RefLoRA-S as rescaling with 16-bit factors under ZeRO-0 (use
             `form="precondition"`), and for factors that are sharded otherwise than by FSDP2's rows.
@@ -75,11 +81,23 @@ class RefLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.check(args, model, optimizer)
+        self._claim(unwrap_optimizer(optimizer))
         # The step object is chosen here and not at construction: FSDP2 and DeepSpeed replace the parameters and their
         # storage when the Trainer prepares the model, which comes shortly before this event.
         if self._step is not None:
             self._step.close()  # an earlier train() may have ended with an error, before on_train_end
         self._step = choose_step(self.settings, lora_layers(model))
+
+    def _claim(self, optimizer: Optimizer) -> None:
+        # A callback does not see the trainer's other callbacks, but they get the same optimizer. An entry that a
+        # training left behind which ended with an error is this callback's own, or that of one that is gone.
+        other = _callbacks.get(optimizer, lambda: None)()
+        if other is not None and other is not self:
+            raise ValueError(
+                "This trainer has two RefLoraCallbacks, which would refactor twice. Give it one: RefLoraTrainer, "
+                "RefLoraSFTTrainer and RefLoraDPOTrainer add it themselves and take another one as reflora=..."
+            )
+        _callbacks[optimizer] = weakref.ref(self)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self._step.begin(state.global_step, unwrap_optimizer(optimizer))
@@ -93,8 +111,9 @@ class RefLoraCallback(TrainerCallback):
         # The Trainer counts the step later, so `state.global_step` is still the index of the step just taken.
         self._step.after_optimizer(state.global_step, unwrap_optimizer(optimizer))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         self._step.close()
+        _callbacks.pop(unwrap_optimizer(optimizer), None)
 
     def metrics(self) -> dict[str, float]:
         """What `RefLoraTrainer` logs; with another trainer, call it where you log, on all processes.

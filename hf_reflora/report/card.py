@@ -67,7 +67,9 @@ def render(
     title = wishes.get("title") or f"{_short(record.base_model or record.model)} with {method.name}"
     title = repo_id.split("/")[-1] if repo_id else line(title)
     pipeline_tag, auto_class = TASKS.get(record.peft.get("task_type", ""), TEXT_GENERATION)
+    pipeline_tag = wishes.get("task") or pipeline_tag
     language = language or wishes.get("language")
+    datasets = [name for name in dict.fromkeys([record.dataset_id, *wishes.get("datasets", [])]) if name]
     compared = [{"name": n, "before": record.before[n], "after": record.after[n]} for n in record.compared_scores]
     base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
     data = ModelCardData(
@@ -76,7 +78,7 @@ def render(
         pipeline_tag=pipeline_tag,
         license=license or wishes.get("license"),
         language=language if language is None or isinstance(language, str) else list(language),
-        datasets=[record.dataset_id] if record.dataset_id else None,
+        datasets=datasets or None,
         tags=_tags(record, [*method.tags, *record.tags, "transformers", *tags, *wishes.get("tags", [])]),
         model_name=title if compared else None,
         eval_results=_eval_results(record, pipeline_tag) if compared else None,

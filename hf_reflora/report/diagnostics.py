@@ -45,6 +45,16 @@ def diagnostics(config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Any
     return size | {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
+def same_weights(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two results of `diagnostics` are of the same weights, up to the rounding of the norms of float32.
+
+    The means of the norms tell any two steps of a training apart. Condition numbers do not count, because they magnify
+    rounding.
+    """
+    names = {name for name in (*left, *right) if name.startswith("norm")}
+    return all(math.isclose(left.get(n, math.nan), right.get(n, math.nan), rel_tol=1e-6) for n in names)
+
+
 def _lora_diagnostics(layers: list[list[Tensor]]) -> dict[str, float]:
     pairs = [(A, B) for A, B in layers if A.ndim == 2 == B.ndim]  # convolutions have factors of four dimensions
     if not pairs:

@@ -16,6 +16,8 @@ import cpuinfo
 import psutil
 import torch
 
+from .json_values import jsonable
+
 
 PACKAGES = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub", "hf_reflora"}
 SECRET_WORDS = ("hub_token", "api_key", "secret", "password")
@@ -67,15 +69,21 @@ def without_secrets(value: Any) -> Any:
     """A copy of `value` that can be published as JSON.
 
     Hub tokens and the values of keys that name a secret are replaced by asterisks, the home folder by "~", and
-    numbers that are not finite, which JSON does not have, by "nan" and "inf".
+    numbers that are not finite, which JSON does not have, by "nan" and "inf". Other values that JSON does not know
+    become text, see `jsonable`.
     """
+    # Made plain first: the text of an object may have a token in it.
+    return _without_secrets(jsonable(value))
+
+
+def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            name: "***" if isinstance(entry, str) and _is_secret(str(name)) else without_secrets(entry)
+            name: "***" if isinstance(entry, str) and _is_secret(name) else _without_secrets(entry)
             for name, entry in value.items()
         }
-    if isinstance(value, list | tuple):
-        return [without_secrets(entry) for entry in value]
+    if isinstance(value, list):
+        return [_without_secrets(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, str):

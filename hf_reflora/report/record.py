@@ -72,7 +72,8 @@ class RunRecord:
     # One entry for each start of the run: "started", "from_step", "to_step", "seconds", "processes", and where they
     # are known "commit" and "versions"
     runs: list[dict[str, Any]] = field(default_factory=list)
-    card: dict[str, Any] = field(default_factory=dict)  # the user's title, license, language and tags
+    # The user's "title", "license", "language", "tags", "task" (pipeline tag) and "datasets" (ids)
+    card: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # the user's own keys, beside the others in the file
 
     def __post_init__(self):
@@ -197,11 +198,20 @@ class RunRecord:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """The training loss as (step, loss) in the log's order. In the file a loss that is not finite is a text."""
-        return [(entry["step"], float(entry["loss"])) for entry in self.log if "loss" in entry]
+        """The training loss as (step, loss) in the log's order; entries whose loss is no number are left out."""
+        losses = ((entry.get("step"), _number(entry.get("loss"))) for entry in self.log)
+        return [(step, loss) for step, loss in losses if step is not None and loss is not None]
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(RunRecord) if f.name != "extra")
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a number, None if it is none. In the file a number that is not finite is a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _merged(old: Any, new: Any) -> Any:

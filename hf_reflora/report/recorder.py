@@ -1,7 +1,5 @@
 """`RunRecordCallback` notes the facts of a training run as they happen and writes them beside each saved adapter."""
 
-import copy
-import dataclasses
 import os
 import re
 import sys
@@ -11,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from peft import PeftModel, TaskType
 from transformers import TrainerCallback
@@ -18,9 +17,11 @@ from transformers import TrainerCallback
 from ..distributed.backend import backend_name
 from ..distributed.parameters import adapter_state_dict, has_sharded_parameters
 from ..lora_sb.config import LoraSbConfig
-from .diagnostics import diagnostics, method_of
+from .diagnostics import diagnostics, method_of, same_weights
 from .environment import environment, peak_memory_gb
+from .failures import log_errors
 from .ids import commit_in_cache, hub_id
+from .json_values import changed_fields, jsonable
 from .record import RECORD_NAME, RunRecord
 
 
@@ -37,6 +38,8 @@ NO_SCORES = (
     *("step", "epoch", "num_tokens", "entropy"),
     *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
 )
+# Values of arguments that are recorded. Others are objects that a library makes of arguments, such as accelerate's.
+PLAIN = (int, float, str, list, tuple, dict, set, Enum, torch.dtype, type(None))
 
 
 class RunRecordCallback(TrainerCallback):
@@ -99,24 +102,46 @@ class RunRecordCallback(TrainerCallback):
         return self.write(folder)
 
     def write_checkpoint(self, folder: str | os.PathLike) -> None:
-        """`write_together` for the checkpoint of this step, once.
+        """`write_together` for the checkpoint of this step, once; a failure is logged.
 
-        The trainers of hf_reflora call it before the checkpoint counts as complete; a stock trainer calls `on_save`
-        afterwards.
+        The trainers of hf_reflora call it between the weights and the file by which the checkpoint counts as
+        complete; a stock trainer calls `on_save` after that file.
         """
         if self._saved_step != self._state.global_step:
-            self.write_together(folder)
             self._saved_step = self._state.global_step
+            with log_errors(f"The run record of {folder} could not be written"):
+                self.write_together(folder)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if not isinstance(model, PeftModel):
             return  # on_train_begin raises; here a method's own check would not be reached, which says it better
-        self._model, self._state = model, state
-        config = model.active_peft_config
+        with log_errors("The run record could not be begun"):
+            self._observe(args, state, model)
+
+    def _observe(self, args, state, model: PeftModel) -> None:
+        """Notes the model and the arguments of this moment: both can be others than when the trainer was made."""
+        self._state = state
+        if model is not self._model:
+            is_first, self._model = self._model is None, model
+            self._describe_model(args)
+            if is_first:
+                self.record.replace(**self.facts)
+                # It takes some tenths of a second and asks git, so not where the facts have it, as in the recipes.
+                self.record.replace(environment=self.facts.get("environment") or environment())
+            else:
+                # `model_init` has made another model. What was trained and measured of the former one is not its own;
+                # the scores of the base model are.
+                self.record.replace(runs=[], scores={**self.record.scores, "after": {}})
+        self._describe(
+            arguments=non_default(args), seed=args.seed, data_seed=args.data_seed, processes=args.world_size
+        )
+
+    def _describe_model(self, args) -> None:
+        model, config = self._model, self._model.active_peft_config
         name = config.base_model_name_or_path or "an unknown base model"
         base_model = hub_id(name)
         revision = config.revision or (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        self.record.update(
+        self._describe(
             method=method_of(config),
             init="default",
             model=name,
@@ -124,21 +149,19 @@ class RunRecordCallback(TrainerCallback):
             base_revision=commit_in_cache(base_model, revision) if base_model else None,
             # Without the base model's name, which is `model` already, and perhaps a path.
             peft={k: v for k, v in non_default(config).items() if k != "base_model_name_or_path"},
-            arguments=non_default(args),
-            seed=args.seed,
-            data_seed=args.data_seed,
-            processes=args.world_size,
             backend=backend_name(),
             # ZeRO-3 leaves a parameter of shape (0,) and keeps the number of its elements in ds_numel.
             trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
-            # It takes some tenths of a second and asks git, so not where the facts have it anyway, as in the recipes.
-            environment=self.facts.get("environment") or environment(),
         )
         if config.task_type == TaskType.SEQ_CLS:
-            self.record.update(labels=list(model.config.id2label.values()))
-        self.record.replace(**self.facts)
+            self._describe(labels=list(model.config.id2label.values()))
         if isinstance(config, LoraSbConfig):  # its method implies the start, whatever the user named it
+            self.facts |= {"method": method_of(config), "init": "default"}
             self.record.replace(method=method_of(config), init="default")
+
+    def _describe(self, **entries: Any) -> None:
+        """Sets fields of the record to what the user's facts say of them, or else to these entries."""
+        self.record.replace(**{name: self.facts.get(name, value) for name, value in entries.items()})
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if not isinstance(model, PeftModel):
@@ -146,22 +169,21 @@ class RunRecordCallback(TrainerCallback):
                 f"RunRecordCallback records the training of an adapter; got a {type(model).__name__} without one. "
                 "Pass peft_config=... or a PeftModel."
             )
-        if self._model is None:  # the callback was added to an existing trainer, which does not call on_init_end
-            self.on_init_end(args, state, control, model=model)
-        self._state, self._saved_step = state, None
-        self.record.fill(tags=list(getattr(model, "model_tags", None) or []))
-        self.record.fill(**dataset_facts(getattr(train_dataloader, "dataset", None)))
-        if state.global_step > 0:
-            self._resume(args, state)
-        facts = self.record.environment
-        self._begin = time.monotonic()
-        run = {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "from_step": state.global_step,
-            "processes": args.world_size,
-            **{name: facts[name] for name in ("commit", "versions") if name in facts},
-        }
-        self.record.replace(runs=[*self.record.runs, run])
+        self._begin, self._saved_step = time.monotonic(), None
+        with log_errors("The run record could not be begun"):
+            self._observe(args, state, model)
+            self.record.fill(tags=list(getattr(model, "model_tags", None) or []))
+            self.record.fill(**dataset_facts(getattr(train_dataloader, "dataset", None)))
+            if state.global_step > 0:
+                self._resume(args, state)
+            facts = self.record.environment
+            run = {
+                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "from_step": state.global_step,
+                "processes": args.world_size,
+                **{name: facts[name] for name in ("commit", "versions") if name in facts},
+            }
+            self.record.replace(runs=[*self.record.runs, run])
 
     def _resume(self, args, state) -> None:
         # A callback is not told which checkpoint train() was given. The trainers of hf_reflora set resumed_from;
@@ -171,36 +193,59 @@ class RunRecordCallback(TrainerCallback):
         files = [Path(folder) / RECORD_NAME for folder in folders if isinstance(folder, str | os.PathLike)]
         path = next((file for file in files if file.is_file()), None)
         if path is not None:
-            self.record.resume(RunRecord.load(path))
+            with log_errors("The record of the checkpoint could not be continued"):
+                self.record.resume(RunRecord.load(path))
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, eval_dataloader=None, **kwargs):
-        if self._model is None:  # the callback was added to an existing trainer
-            self.on_init_end(args, state, control, model=model)
-        if self._model is None:
+        if not isinstance(model, PeftModel):
             return
+        with log_errors("The scores could not be recorded"):
+            if self._model is None:  # the callback was added to an existing trainer
+                self._observe(args, state, model)
+            self._note_scores(metrics or {}, state.global_step, getattr(eval_dataloader, "dataset", None))
+
+    def _note_scores(self, metrics: dict[str, Any], step: int, rows: Any = None) -> None:
         scores = {
             name.removeprefix("eval_"): value
-            for name, value in (metrics or {}).items()
+            for name, value in metrics.items()
             if isinstance(value, int | float) and not name.endswith(NO_SCORES)
         }
         # An adapter that changes nothing yet leaves the base model as it is, so its scores are the base model's.
-        when = "before" if state.global_step == 0 and not _changes_outputs(self._model) else "after"
-        rows = getattr(eval_dataloader, "dataset", None)
+        when = "before" if step == 0 and not _changes_outputs(self._model) else "after"
         self.record.update(scores={when: scores, **({"rows": len(rows)} if hasattr(rows, "__len__") else {})})
 
     def on_save(self, args, state, control, **kwargs):
-        self.write_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        if state.is_hyper_param_search:  # each trial has a folder of its own in output_dir, of a name that is not told
+            folders = sorted(Path(args.output_dir).glob(f"*/{folders[0].name}"), key=lambda path: path.stat().st_mtime)
+        if folders:
+            self.write_checkpoint(folders[-1])
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._refresh()
-        self._begin = None
-        if args.load_best_model_at_end and state.best_global_step:
-            # The Trainer has loaded the best checkpoint, so step and scores must be those of that checkpoint.
-            self.record.replace(step=state.best_global_step)
-            best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
-            if best:
-                self.on_evaluate(args, state, control, metrics=best[-1])
-        self.write_together(args.output_dir)
+        with log_errors(f"The run record of {args.output_dir} could not be written"):
+            self._refresh()
+            self._begin = None
+            if args.load_best_model_at_end and state.best_global_step and self._is_best(state):
+                # The Trainer has loaded the best checkpoint, so step and scores must be those of that checkpoint.
+                self.record.replace(step=state.best_global_step)
+                best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
+                if best:
+                    self._note_scores(best[-1], state.global_step)
+            # A trial of a hyperparameter search leaves no weights in output_dir, only in its checkpoints.
+            if not state.is_hyper_param_search:
+                self.write_together(args.output_dir)
+
+    def _is_best(self, state) -> bool:
+        """Whether the model has the weights of the best checkpoint. Collective where it is sharded.
+
+        A Trainer may fail to load them and only warn: it looks for an adapter in the checkpoint's folder, where PEFT
+        saves an adapter that is called "default"; another one is in a folder of its name.
+        """
+        path = Path(state.best_model_checkpoint or "") / RECORD_NAME
+        if not path.is_file():
+            return True
+        self._diagnose()
+        return same_weights(RunRecord.load(path).diagnostics, self.record.diagnostics)
 
     def _diagnose(self) -> None:
         """On all processes where the model is sharded."""
@@ -210,7 +255,7 @@ class RunRecordCallback(TrainerCallback):
     def _refresh(self) -> None:
         """Notes what changes while training goes on: log, step, seconds, memory, tokens."""
         record = self.record
-        record.replace(log=copy.deepcopy(self._state.log_history))
+        record.replace(log=jsonable(self._state.log_history))
         if self._begin is not None:
             run = record.runs[-1]
             run["to_step"] = self._state.global_step
@@ -225,17 +270,12 @@ class RunRecordCallback(TrainerCallback):
 
 
 def non_default(arguments: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults and can be written as JSON, without Hub tokens."""
-    values = {}
-    for f in dataclasses.fields(arguments):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        value = getattr(arguments, f.name)
-        if isinstance(value, set):
-            value = sorted(value)
-        plain = value is None or isinstance(value, int | float | str | list | dict)
-        if f.init and plain and value != default and "hub_token" not in f.name:
-            values[f.name] = value.value if isinstance(value, Enum) else value
-    return values
+    """The fields of a dataclass that differ from their defaults and say something in JSON, without Hub tokens."""
+    return {
+        name: jsonable(value)
+        for name, value in changed_fields(arguments).items()
+        if isinstance(value, PLAIN) and "hub_token" not in name
+    }
 
 
 def dataset_facts(dataset: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..hub.staging import CARD_NAME, PLOT_NAME
 from ..report.card import render
 from ..report.edits import is_edited
 from ..report.environment import write_text
+from ..report.failures import log_errors
 from ..report.front_matter import check_license
 from ..report.ids import hub_id
 from ..report.plot import plot
@@ -123,7 +124,6 @@ class AdapterTrainerMixin(_Base):
         if args.should_save:
             begin_checkpoint(folder)
         self.accelerator.wait_for_everyone()  # no process overwrites anything before the folder counts as incomplete
-        self.run_record.write_checkpoint(folder)
         self._saving_checkpoint, self._save_limit = True, args.save_total_limit
         try:
             with _changed(args, save_total_limit=None):  # so that transformers does not rotate, which is done below
@@ -153,24 +153,35 @@ class AdapterTrainerMixin(_Base):
             self.push_to_hub(commit_message="Model save")  # saves, too, when it knows what the Hub adds to the card
             return
         super().save_model(output_dir, _internal_call=True)
-        if is_output_dir:
-            # Last, because PEFT rewrites README.md when it saves the adapter.
-            self._write_card(self.run_record.write_together(self.args.output_dir))
+        # The weights come first: what describes them can fail, and a failure is only logged.
+        if self._saving_checkpoint:
+            # Before trainer_state.json, by which the checkpoint counts as complete.
+            self.run_record.write_checkpoint(output_dir or self.args.output_dir)
+        elif is_output_dir:
+            # After super(), because PEFT rewrites README.md when it saves the adapter.
+            self._describe_output_dir(self.run_record.write_together)
         if pushes:
             self.push_to_hub(commit_message="Model save")
+
+    def call_model_init(self, trial=None):
+        # `model_init` makes a model for each training; what the user has tagged is the first one.
+        model = super().call_model_init(trial)
+        tags = getattr(getattr(self, "model", None), "model_tags", None)
+        if tags and hasattr(model, "add_model_tags"):
+            model.add_model_tags(list(tags))
+        return model
 
     def create_model_card(
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
-        *,
-        license: str | None = None,
-        language: str | list[str] | None = None,
+        **more: Any,
     ) -> None:
         """Writes run record, plot and model card into `output_dir`, on the main process.
 
-        What is given here also holds for all later cards of this run.
+        It takes the arguments of `create_model_card` of TRL's trainers and, by name, those of transformers'. What is
+        given here also holds for all later cards of this run. A failure to write is logged.
 
         Args:
             model_name: The card's title before it is on the Hub. Default: the base model and the method.
@@ -178,35 +189,75 @@ class AdapterTrainerMixin(_Base):
             tags: Further tags; those of `model.add_model_tags` are added, too.
             license: Hub license id. Default: none here; the base model's when it is pushed.
             language: Language code or codes.
+            finetuned_from: Name of the base model. Default: what the adapter's configuration names.
+            tasks: The Hub's pipeline tag, of a list the first. Default: what the adapter's task type tells.
+            dataset: Name of the training data for people. Default: `dataset_name`.
+            dataset_tags: Id or ids of the training data on the Hub. Default: `dataset_name`.
+            dataset_args: Configuration of the training data. Default: what the dataset knows of itself.
 
         Raises:
+            TypeError: for another argument.
             ValueError: for a license that the Hub does not know.
         """
         # TRL's trainers call it at every checkpoint, with the folder's name as the title. But output_dir has no
         # adapter at that time, or an older one, which a record would not describe.
         if self._saving_checkpoint or not self.is_world_process_zero():
             return
-        self._note_for_card(model_name, dataset_name, tags, license=license, language=language)
-        self._write_card(self.run_record.write(self.args.output_dir))
+        self._note_for_card(model_name, dataset_name, tags, **more)
+        self._describe_output_dir(self.run_record.write)
 
-    def _note_for_card(self, model_name=None, dataset_name=None, tags=None, *, license=None, language=None) -> None:
+    def _note_for_card(
+        self,
+        model_name=None,
+        dataset_name=None,
+        tags=None,
+        *,
+        license=None,
+        language=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset=None,
+        dataset_tags=None,
+        dataset_args=None,
+    ) -> None:
         """Notes in the record what the user wants in the card; see `create_model_card`."""
         check_license(license)
+        ids = [name for name in map(hub_id, _listed(dataset_tags)) if name is not None]
+        facts: dict[str, Any] = {}
         if dataset_name is not None:
-            self.run_record.update(dataset=dataset_name, dataset_id=hub_id(dataset_name))
+            facts |= {"dataset": dataset_name, "dataset_id": hub_id(dataset_name)}
+        if dataset_tags is not None:
+            facts |= {"dataset": ", ".join(_listed(dataset_tags)), "dataset_id": ids[0] if ids else None}
+        if dataset is not None:
+            facts["dataset"] = ", ".join(_listed(dataset))
+        if dataset_args is not None:
+            facts["dataset_config"] = ", ".join(_listed(dataset_args))
+        if finetuned_from is not None:
+            facts |= {"model": finetuned_from, "base_model": hub_id(finetuned_from)}
+        self.run_record.facts |= facts  # they also hold when training starts with another model (model_init)
+        self.run_record.update(**facts)
         noted = self.run_record.record.card.get("tags", [])
         of_model = [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in self._tag_names]
-        tags = list(dict.fromkeys([*noted, *of_model, *([tags] if isinstance(tags, str) else tags or [])]))
+        tags = list(dict.fromkeys([*noted, *of_model, *_listed(tags)]))
         card = {"title": model_name, "license": license, "language": language, "tags": tags}
+        card |= {"task": next(iter(_listed(tasks)), None), "datasets": ids}
         self.run_record.update(card={name: value for name, value in card.items() if value})
 
-    def _write_card(self, record: RunRecord) -> None:
-        """Writes plot and card of the record that is in `output_dir`, on the main process."""
-        if not self.is_world_process_zero():
+    def _describe_output_dir(self, write: Callable[[str], RunRecord]) -> None:
+        """Writes record, plot and card into `output_dir`. An error is logged: the weights are there already."""
+        folder, record, has_plot = Path(self.args.output_dir), None, False
+        with log_errors(f"The run record in {folder} could not be written"):
+            record = write(self.args.output_dir)
+        if record is None or not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
-        has_plot = plot(record, folder / PLOT_NAME)
-        path = folder / CARD_NAME
+        with log_errors(f"The plot {folder / PLOT_NAME} could not be drawn"):
+            has_plot = plot(record, folder / PLOT_NAME)
+        with log_errors(f"The model card {folder / CARD_NAME} could not be written"):
+            self._write_card(record, has_plot)
+
+    def _write_card(self, record: RunRecord, has_plot: bool) -> None:
+        """Writes the card of the record that is in `output_dir`."""
+        path = Path(self.args.output_dir) / CARD_NAME
         if path.exists() and is_edited(path.read_text(encoding="utf-8")):
             logger.warning(f"{path} was edited by hand and is kept. Remove it to get a new one.")
             return
@@ -260,13 +311,20 @@ class AdapterTrainerMixin(_Base):
             The commit (on the main process), the newest one if nothing had changed.
 
         Raises:
-            PushError: with the reason, and the command that finishes the push if the upload failed. The adapter is
-                saved in any case.
+            PushError: with the reason, and the command that finishes the push if the upload failed.
+            TypeError, ValueError: for wrong arguments of `create_model_card`.
+
+        The adapter is saved in any case.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._note_for_card(**card)
-        repo, error = None, None
-        if self.is_world_process_zero():
+        repo: Repo | None = None
+        error: Exception | None = None
+        # What goes wrong before saving is raised after it: a script that ends with push_to_hub has saved nothing yet.
+        try:
+            self._note_for_card(**card)
+        except (TypeError, ValueError) as failure:
+            error = failure
+        if error is None and self.is_world_process_zero():
             self._finish_current_push()
             # Before saving, because the card needs the repository's name and what the Hub knows: a license, tags.
             try:
@@ -274,7 +332,7 @@ class AdapterTrainerMixin(_Base):
                 self.hub_model_id = repo.id
                 self._hub_card = read_hub_card(repo, self.run_record.record.base_model)
             except PushError as failure:
-                error = failure  # raised when the adapter is saved, for which the other processes are waiting
+                error = failure  # the other processes are waiting in save_model
         self.save_model(_internal_call=True)
         if error is not None:
             raise error
@@ -320,6 +378,11 @@ class AdapterTrainerMixin(_Base):
     def _finish_current_push(self) -> None:
         """Called by a Trainer when training ends: waits for the push in the background."""
         self._pushes.wait()
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    """One name or several as a list."""
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 @contextmanager

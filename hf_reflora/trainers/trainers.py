@@ -1,5 +1,7 @@
 """Trainers with the methods built in: a callback, metrics in the log and a name on the card, nothing else."""
 
+from typing import Any
+
 from transformers import Trainer
 
 from ..lora_sb.callback import LoraSbCallback
@@ -50,3 +52,30 @@ class RefLoraTrainer(_RefLoraMixin, Trainer):
         super().__init__(*args, **kwargs)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+
+    def create_model_card(  # type: ignore[override]  # the order of transformers, where the mixin has that of TRL
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        **more: Any,
+    ) -> None:
+        """As `AdapterTrainerMixin.create_model_card`, in the order of `transformers.Trainer.create_model_card`."""
+        super().create_model_card(
+            model_name,
+            tags=tags,
+            language=language,
+            license=license,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+            **more,
+        )

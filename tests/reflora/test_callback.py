@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, VeraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 from versions import UNCOUNTED_LABELS
@@ -263,6 +263,39 @@ def test_closures_are_refused_at_construction_too(tmp_path):
     args = TrainingArguments(**tiny.arguments(tmp_path))
     with pytest.raises(ValueError, match=r"LBFGS\.step needs a closure"):
         RefLoraTrainer(model=model, args=args, train_dataset=tiny.token_dataset(), optimizers=(optimizer, None))
+
+
+@pytest.mark.parametrize("by", ["callbacks", "add_callback", "add_callback of ours"])
+def test_two_callbacks_raise_when_training_starts(tmp_path, by):
+    if by == "callbacks":
+        trainer = make_trainer(tmp_path, [RefLoraCallback(), RefLoraCallback("reflora_s")])
+    else:
+        trainer = (
+            tiny_trainer.build(tmp_path, RefLoraTrainer)
+            if by == "add_callback of ours"
+            else make_trainer(tmp_path, [RefLoraCallback()])
+        )
+        trainer.add_callback(RefLoraCallback())
+    before = tiny.trainable(trainer.model)
+    with pytest.raises(ValueError, match="two RefLoraCallbacks, which would refactor twice"):
+        trainer.train()
+    tiny.assert_same(tiny.trainable(trainer.model), before)
+
+
+def test_one_callback_trains_again_after_an_error_and_after_another_has_taken_its_place(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, [RefLoraCallback(), Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Stop)
+    trainer.train()
+    trainer.remove_callback(RefLoraCallback)
+    trainer.add_callback(RefLoraCallback())
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_wrong_settings_raise_at_construction():

@@ -30,6 +30,7 @@ from hf_reflora import (
     RefLoraSFTTrainer,
     RefLoraTrainer,
 )
+from hf_reflora.hub.staging import read_record
 from hf_reflora.report import environment as environment_module
 from hf_reflora.report.card import render
 from hf_reflora.report.diagnostics import diagnostics
@@ -527,6 +528,111 @@ def test_tokens_of_the_best_model(tmp_path):
     assert read(tmp_path)["tokens"] == read(tmp_path / "checkpoint-2")["tokens"] == 2 * 2 * 12
 
 
+def named(folder, name, cls=RefLoraSFTTrainer):
+    """A run whose best step is 2 of 6, of an adapter with this name."""
+    model = get_peft_model(base(), LoraConfig(r=4, **LAYERS), adapter_name=name)
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    steps |= {"load_best_model_at_end": True, "metric_for_best_model": "wish", "greater_is_better": True}
+    kind = cls.__name__
+    trainer = make(folder, kind, model, more={"callbacks": [BestAt(2)]}, **steps)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("cls", [RefLoraSFTTrainer, Trainer])
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_the_record_is_of_the_weights_that_were_loaded(tmp_path, cls, name):
+    """transformers does not find a best checkpoint's adapter that is not called "default", and only warns."""
+    trainer = named(tmp_path, name, cls)
+    assert trainer.state.best_global_step == 2
+    trainer.save_model(tmp_path)
+    weights = {path.parent.name: load_peft_weights(str(path.parent)) for path in tmp_path.glob("**/adapter_model*")}
+    last = 2 if name == "default" else 6
+    record = read(tmp_path)
+    assert record["step"] == last
+    [row] = [row for row in trainer.state.log_history if row["step"] == last and "eval_loss" in row]
+    assert record["scores"]["after"]["loss"] == row["eval_loss"]
+    at_step = read(tmp_path / f"checkpoint-{last}")
+    assert record["diagnostics"] == at_step["diagnostics"]
+    if name == "default":
+        tiny.assert_same(weights[tmp_path.name], weights["checkpoint-2"])
+
+
+# The model and the arguments that train, which need not be those that the trainer was made with
+
+
+def made_anew(folder, cls=RefLoraTrainer, **changes):
+    """A trainer that makes its model when training begins, with factors that no other model has."""
+    count = iter(range(10, 100))
+    args = TrainingArguments(**tiny.arguments(folder, **changes))
+    data = tiny.token_dataset()
+
+    def model_init():
+        model = fresh()
+        tiny.fill_B(model, seed=next(count))
+        return model
+
+    more = {} if cls is RefLoraTrainer else {"callbacks": [RefLoraCallback(), RunRecordCallback(method="reflora")]}
+    return cls(model_init=model_init, args=args, train_dataset=data, eval_dataset=data, **more)
+
+
+@pytest.mark.parametrize("cls", [RefLoraTrainer, Trainer])
+def test_the_record_is_of_the_model_that_model_init_made_last(tmp_path, cls):
+    trainer = made_anew(tmp_path, cls, save_strategy="steps", save_steps=2)
+    trainer.model.add_model_tags(["mine"])
+    trainer.evaluate()
+    for _ in range(2):
+        trainer.train()
+        trainer.save_model()
+        record = read(tmp_path)
+        assert record["diagnostics"] == found_in(tmp_path)
+        [run] = record["runs"]
+        assert (run["from_step"], run["to_step"]) == (0, 4)
+        assert record["scores"]["after"] == {}
+        assert read(tmp_path / "checkpoint-2")["diagnostics"] == found_in(tmp_path / "checkpoint-2")
+    if cls is RefLoraTrainer:
+        trainer.create_model_card()
+        assert {"reflora", "mine"} <= set(card_of(tmp_path)[1]["tags"])
+        assert read_record(tmp_path).step == 4  # raises if the record is of other weights, as a push would
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_arguments_are_those_that_training_began_with(tmp_path, kind):
+    trainer = make(tmp_path, kind, weight_decay=0.1, save_strategy="steps", save_steps=2)
+    trainer.args.learning_rate, trainer.args.weight_decay, trainer.args.seed = 3e-3, 0.0, 5
+    trainer.train()
+    trainer.args.learning_rate = 1.0  # too late to have trained
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        record = read(folder)
+        assert record["arguments"]["learning_rate"] == 3e-3
+        assert "weight_decay" not in record["arguments"]
+        assert record["seed"] == 5
+
+
+@pytest.mark.parametrize("cls", [RefLoraTrainer, Trainer])
+def test_the_trials_of_a_search_are_runs_of_their_own(tmp_path, cls):
+    trainer = made_anew(tmp_path, cls, save_strategy="steps", save_steps=2)
+    rates = iter([1e-3, 2e-3, 3e-3])
+    trainer.hyperparameter_search(n_trials=3, backend="optuna", hp_space=lambda trial: {"learning_rate": next(rates)})
+    files = sorted(tmp_path.rglob(RECORD_NAME))
+    assert [str(path.parent.relative_to(tmp_path)) for path in files] == [
+        f"run-{trial}/checkpoint-{step}" for trial in range(3) for step in (2, 4)
+    ]
+    for path in files:
+        record = read(path.parent)
+        assert record["diagnostics"] == found_in(path.parent)
+        trial = int(path.parent.parent.name.removeprefix("run-"))
+        assert record["arguments"]["learning_rate"] == [1e-3, 2e-3, 3e-3][trial]
+        [run] = record["runs"]
+        assert (run["from_step"], run["to_step"]) == (0, record["step"])
+    trainer.train()  # once more, with the settings of the last trial
+    trainer.save_model()
+    record = read(tmp_path)
+    assert record["diagnostics"] == found_in(tmp_path)
+    assert len(record["runs"]) == 1
+
+
 # Checkpoints
 
 
@@ -745,8 +851,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
     old = (tmp_path / RECORD_NAME).read_bytes()
     assert json.loads(old)["step"] == 4
     if broken == "value":
-        trainer.run_record.update(bad=object())
-        error = TypeError
+        endless = []
+        endless.append(endless)
+        trainer.run_record.update(bad=endless)
+        error = RecursionError
     else:
 
         def full(*_):

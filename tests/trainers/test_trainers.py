@@ -16,8 +16,10 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from hf_reflora import (
+    LoraSbSFTTrainer,
     RefLoraArguments,
     RefLoraCallback,
+    RefLoraDPOTrainer,
     RefLoraSFTTrainer,
     RefLoraTrainer,
     create_reflora_optimizer,
@@ -215,6 +217,60 @@ def parse(tmp_path, text):
     return TrlParser(PARSED).parse_args_and_config(
         ["--config", str(tmp_path / "config.yaml")], fail_with_unknown_args=True
     )
+
+
+def bases():
+    """Each of our trainers with the class of transformers or TRL that it extends."""
+    for cls in (RefLoraTrainer, RefLoraSFTTrainer, RefLoraDPOTrainer, LoraSbSFTTrainer):
+        yield cls, next(b for b in cls.__mro__ if b.__module__.startswith(("transformers.", "trl.")))
+
+
+@pytest.mark.parametrize(("cls", "base"), bases(), ids=lambda cls: cls.__name__)
+def test_methods_take_what_the_methods_of_the_extended_class_take(cls, base):
+    POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    compared = []
+    for name in dir(base):
+        theirs, ours = getattr(base, name), getattr(cls, name)
+        if not inspect.isfunction(theirs) or ours is theirs or (name.startswith("_") and name != "__init__"):
+            continue
+        compared.append(name)
+        their_signature, our_signature = inspect.signature(theirs), inspect.signature(ours)
+        our_signature.bind(*["x"] * sum(p.kind == POSITIONAL for p in their_signature.parameters.values()))
+        given = [p.name for p in our_signature.parameters.values() if p.kind == POSITIONAL]
+        wanted = [p.name for p in their_signature.parameters.values() if p.kind == POSITIONAL]
+        assert all(left == right for left, right in zip(given, wanted, strict=False)), name
+        our_signature.bind_partial(**dict.fromkeys(wanted))
+    assert {"create_model_card", "push_to_hub", "save_model", "train", "log"} <= {*compared, "log"}
+
+
+@pytest.mark.parametrize("cls", [RefLoraTrainer, RefLoraSFTTrainer])
+def test_the_card_arguments_of_transformers_example_scripts(tmp_path, cls):
+    trainer = tiny_trainer.build(tmp_path, cls)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(
+        **{"finetuned_from": "org/base", "tasks": ["summarization", "translation"], "language": "en"},
+        **{"dataset_tags": ["org/glue", "org/more"], "dataset_args": "mrpc", "dataset": "GLUE MRPC"},
+    )
+    trainer.save_model()  # what was given once stays
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(text).data
+    assert (data.base_model, data.pipeline_tag, data.language) == ("org/base", "summarization", "en")
+    assert data.datasets == ["org/glue", "org/more"]
+    assert "| dataset configuration | mrpc |" in text
+    with pytest.raises(TypeError, match="licence"):
+        trainer.create_model_card(licence="mit")
+
+
+def test_the_order_of_transformers_arguments(tmp_path):
+    trainer = tiny_trainer.build(tmp_path, RefLoraTrainer)
+    trainer.train()
+    trainer.create_model_card("de", "mit", "mine", "My title")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(text).data
+    assert (data.language, data.license) == ("de", "mit")
+    assert "mine" in data.tags
+    assert "# My title" in text
 
 
 def test_arguments_from_yaml(tmp_path):
