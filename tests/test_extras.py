@@ -9,7 +9,7 @@ import pytest
 # Without an entry in sys.modules Python, and transformers, take these libraries for not installed.
 WITHOUT_EXTRAS = """
 import sys
-for name in ("trl", "datasets", "matplotlib", "gguf", "rich", "deepspeed", "gradio"):
+for name in ("trl", "datasets", "matplotlib", "gguf", "rich", "deepspeed", "gradio", "optuna"):
     sys.modules[name] = None
 """
 TRAINING = """
@@ -66,6 +66,10 @@ def test_a_training_without_extras(tmp_path):
         (
             "import hf_reflora.recipes.sft",
             'A recipe needs datasets, which is not installed: pip install "hf_reflora[demo]"',
+        ),
+        (
+            "import hf_reflora.sweep.plan",
+            'A sweep needs matplotlib, which is not installed: pip install "hf_reflora[sweep]"',
         ),
     ],
 )

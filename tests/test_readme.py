@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from peft import get_peft_model
 from hf_reflora import LoraSbConfig, cli
 from hf_reflora.recipes import classify, dpo, sft
 from hf_reflora.recipes.options import Options
+from hf_reflora.sweep import checks, command
+from hf_reflora.sweep.plan import read_sweep
 
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +122,23 @@ def test_training_commands_parse(line, monkeypatch):
     assert options.script.dataset_name
 
 
+@pytest.mark.parametrize("line", sorted({line for line in LINES if line.startswith("hf-reflora sweep ")}))
+def test_sweeps_parse(line, monkeypatch):
+    """Everything but the runs themselves."""
+    monkeypatch.chdir(ROOT)
+    if "FILE.yaml" not in line:
+        _, sweep, _ = command.parse(line.split()[2:])
+        checks.check_runs(replace(sweep, options={**sweep.options, "bf16": False}))
+
+
+def test_the_yaml_of_a_sweep(tmp_path):
+    [text] = re.findall(r"```yaml\n(.*?)```", PAGES["recipes/README.md"], re.S)
+    (tmp_path / "sweep.yaml").write_text(text, encoding="utf-8")
+    sweep = read_sweep(tmp_path / "sweep.yaml")
+    assert [len(method.cells()) for method in sweep.rows] == [6, 4]
+    checks.check_runs(sweep)
+
+
 def test_make_runs_what_the_readme_says(tmp_path):
     """`make demo` is the three lines for people without make, in a virtual environment of its own."""
     made = subprocess.run(
@@ -139,7 +159,12 @@ def test_make_has_every_target_that_is_named():
 
 
 @pytest.mark.parametrize(
-    "line", sorted({line for line in LINES if line.startswith("hf-reflora ") and not line.startswith(TRAINING)})
+    "line",
+    sorted(
+        line
+        for line in set(LINES)
+        if line.startswith("hf-reflora ") and not line.startswith((*TRAINING, "hf-reflora sweep "))
+    ),
 )
 def test_other_commands_parse(line):
     options = cli.make_parser().parse_args(line.split()[1:])

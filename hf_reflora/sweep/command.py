@@ -56,11 +56,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     Raises:
         ValueError: before any run, for a sweep or an option of the recipe that is wrong.
     """
-    own, rest = make_parser(prog).parse_known_args(arguments)
-    from accelerate.commands.launch import launch_command_parser
-
-    launcher, options = split(rest, launch_command_parser())
-    sweep = _sweep(own, read_options(options))
+    own, sweep, launcher = parse(arguments, prog)
     from .checks import check_runs
     from .runner import Runner
 
@@ -69,9 +65,22 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         runner.run()
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on with the runs that are left.")
-    finally:
         show(sweep, runner)
+        sys.exit("Interrupted. The same command goes on with the runs that are left.")
+    show(sweep, runner)
+
+
+def parse(arguments: list[str] | None, prog: str | None = None) -> tuple[argparse.Namespace, Sweep, list[str]]:
+    """The command's own options, the sweep, and the options of `accelerate launch`."""
+    own, rest = make_parser(prog).parse_known_args(arguments)
+    from accelerate.commands.launch import launch_command_parser
+
+    launcher, options = split(rest, launch_command_parser())
+    names = ("config", "trials", "fresh_seeds", "metric", "output_dir")
+    given = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
+    given |= {"options": read_options(options), "grid": read_grid(own.grid)}
+    is_file = own.what.endswith((".yaml", ".yml"))
+    return own, read_sweep(own.what, **given) if is_file else Sweep(own.what, **given), launcher
 
 
 def show(sweep: Sweep, runner: Any) -> None:
@@ -93,15 +102,6 @@ def show(sweep: Sweep, runner: Any) -> None:
         print("The budget is spent before all runs were made. The same command goes on with those that are left.")
     print(f"Written: {', '.join(map(str, [runner.folder / 'table.md', *draw(sweep, outcomes, runner.folder)]))}")
     print(f"The best run again:\n  {best_command(sweep, bests[0])}")
-
-
-def _sweep(own: argparse.Namespace, options: dict[str, Any]) -> Sweep:
-    names = ("config", "trials", "fresh_seeds", "metric", "output_dir")
-    given = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
-    given |= {"options": options, "grid": read_grid(own.grid)}
-    if own.what.endswith((".yaml", ".yml")):
-        return read_sweep(own.what, **given)
-    return Sweep(own.what, **given)
 
 
 def read_options(arguments: list[str]) -> dict[str, Any]:

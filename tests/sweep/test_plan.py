@@ -3,6 +3,8 @@
 import pytest
 import yaml
 
+from hf_reflora import cli
+from hf_reflora.sweep import plan
 from hf_reflora.sweep.command import read_duration, read_options
 from hf_reflora.sweep.plan import Range, Sweep, read_grid, read_sweep
 
@@ -28,6 +30,10 @@ def test_options_of_the_command_line():
     assert read_options(arguments) == expected
     with pytest.raises(ValueError, match="Expected an option, found '4'"):
         read_options(["4"])
+
+
+def test_the_recipes_are_those_of_the_command():
+    assert set(plan.RECIPES) == set(cli.RECIPES)
 
 
 def test_durations():
