@@ -36,7 +36,8 @@ def precondition_(
         eps: Shrinkage ε in (0, 1]; 1 is RefLoRA-S. Default: `default_eps`, the smallest that is safe.
         dtype: Least dtype of the Gram matrices, float32 or float64. float64 (with ε = 1e-12) keeps Theorem 6, the
             invariance of the SGD step, for factors of condition number up to about 1e4.
-        inverse_steps: n numbers 1 / (L η) for the small-step branch, see `refactoring`. Default: no such branch.
+        inverse_steps: n numbers 1 / (L η) for the small-step branch, see `refactoring`; 0 for a pair without it.
+            Default: no pair has it.
         sum_over_shards: Where `Bs` and `grads_B` are this process's rows only, `sum_over_shards(values, indices)` adds
             up over the processes the (n, r, r) that each computed for the pairs `indices`. Default: every B is full.
     """

@@ -79,7 +79,8 @@ def refactoring(
         coefficients: `polar_coefficients(eps / r)`.
         inverse_step: 1 / (L η) of each pair, for the small-step branch of Theorems 3 and 5: where
             η < 1 / (2 L ‖B A‖_*), S is multiplied by c = [1/(Lη) + √(1/(Lη)² - 4 ‖B A‖_*²)] / (2 ‖B A‖_*). (The other
-            root is 1 / c, which meets the same bound.) Default: c = 1, the branch for ordinary learning rates.
+            root is 1 / c, which meets the same bound.) 0, or the default: c = 1, the branch for ordinary learning
+            rates.
     """
     r = P.shape[-1]
     eye = torch.eye(r, dtype=P.dtype, device=P.device).expand_as(P)
@@ -119,13 +120,15 @@ def balance_scalar(
 
     With `inverse_step` = 1/(Lη) it is the small-step branch, [1/(Lη) + √(1/(Lη)² - 4 ‖A‖²‖B‖²)] / (2 ‖A‖²), where
     η < 1 / (2 L ‖A‖ ‖B‖). `nuclear` is 1 in Theorem 5; `refactoring` passes the ratio that gives Theorem 3's branch.
+    There is no such branch where 1/(Lη) is 0, nor where s² of it is not finite in float32, in which Adam squares
+    gradients that s has multiplied.
     """
     s = norm_B / norm_A
     if inverse_step is not None:
         N = norm_A * norm_B * nuclear
         gap = (inverse_step - 2 * N) * (inverse_step + 2 * N)  # 1/(Lη)² - 4 N², without the cancellation
         small = (inverse_step + gap.clamp(min=0).sqrt()) / (2 * norm_A.square() * nuclear)
-        s = torch.where(gap > 0, small, s)
+        s = torch.where((gap > 0) & small.float().square().isfinite(), small, s)
     return torch.where((s > 0) & s.isfinite() & s.reciprocal().isfinite(), s, 1)
 
 

@@ -35,7 +35,8 @@ class RefLora:
         interval: Refactor only at every interval-th step. Default 1. With "precondition" and Adam the plain steps
             between share the same moments, which mixes two kinds of gradients: prefer 1.
         smoothness: L, the smoothness constant of the loss with respect to the weight, for the small-step branch of
-            Theorems 3 and 5 (η is the optimizer's current learning rate). Default: no such branch.
+            Theorems 3 and 5 (η is the optimizer's current learning rate; a step with η = 0 has no such branch).
+            Default: no such branch.
 
     Raises:
         ValueError: at construction, for a value out of range.

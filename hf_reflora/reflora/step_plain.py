@@ -149,17 +149,17 @@ class PlainStep:
         return None
 
     def _inverse_steps(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[float] | None:
-        """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A."""
+        """1 / (L γ² η) of every block: with PEFT's scaling γ, a step η on A and B moves W as γ² η does on B A.
+
+        0, which stands for no small-step branch, where η is 0, as in the first step of a warm-up. Such a step moves
+        nothing, but the optimizer's moments keep its gradients, and the branch's S would be infinite.
+        """
         smoothness = self.settings.smoothness
         if smoothness is None:
             return None
         rates = self._learning_rates(pairs, optimizer)
-        # A schedule with warm-up may begin at a rate of 0.
-        return [
-            1 / (smoothness * pair.scaling**2 * max(rates[id(pair.A)], 1e-30))
-            for pair in pairs
-            for _ in range(pair.blocks)
-        ]
+        constants = [smoothness * pair.scaling**2 * rates[id(pair.A)] for pair in pairs]
+        return [1 / c if c > 0 else 0.0 for pair, c in zip(pairs, constants, strict=True) for _ in range(pair.blocks)]
 
     def _learning_rates(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> dict[int, float]:
         """The current learning rate of every A, by its id."""

@@ -232,6 +232,21 @@ def test_backends_that_are_supported(tmp_path, monkeypatch, kind):
     LoraSbCallback().check(trainer.args, trainer.model)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_smoothness_with_a_warm_up_whose_first_rate_is_0(tmp_path, method, dtype):
+    callback = RefLoraCallback(**METHODS[method], smoothness=10.0, dtype=dtype)
+    trainer = make_trainer(tmp_path, [callback], max_steps=6, warmup_steps=3)
+    before = tiny.trainable(trainer.model)
+    trainer.train()
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    assert all(torch.as_tensor(value).isfinite().all() for value in moments)
+    after = tiny.trainable(trainer.model)
+    # Each B goes on learning; an infinite second moment would leave it to the weight decay.
+    moved = [(after[n] - value).abs().max().item() for n, value in before.items() if "lora_B" in n]
+    assert min(moved) > 1e-3
+
+
 INSIDE = ["lomo", "adalomo", "galore_adamw_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise"]
 
 

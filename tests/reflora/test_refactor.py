@@ -422,3 +422,26 @@ def test_the_settings_come_back_after_an_exception(precision):
         with pytest.raises(RuntimeError):
             precondition_(As, Bs, grads_A, [torch.ones(7, 5)])  # not of B's shape
         assert settings_now() == before
+
+
+@pytest.mark.parametrize("inverse_step", [0.0, 1e30, 1e300, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_small_step_branch_at_a_rate_of_0_or_too_small(dtype, inverse_step):
+    """Its S would grow like 1/η until Adam's squares of the gradients of B are not finite."""
+    norm_A, norm_B = torch.tensor([2.0], dtype=dtype), torch.tensor([3.0], dtype=dtype)
+    steps = torch.tensor([inverse_step], dtype=dtype)
+    assert balance_scalar(norm_A, norm_B, inverse_step=steps).item() == pytest.approx(1.5)
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 5, dtype=F64), torch.randn(6, 3, dtype=F64)
+    grads = torch.randn_like(A), torch.randn_like(B)
+    parts = [A], [B], [grads[0]], [grads[1]]
+    expected = preconditioned(*parts, dtype=dtype)
+    for result, value in zip(preconditioned(*parts, dtype=dtype, inverse_steps=[inverse_step]), expected, strict=True):
+        torch.testing.assert_close(result, value)
+
+
+def test_the_small_step_branch_down_to_tiny_rates():
+    norms = torch.ones(1, dtype=F64), torch.ones(1, dtype=F64)
+    for rate in (1e-3, 1e-9, 1e-15):
+        s = balance_scalar(*norms, inverse_step=torch.tensor([1 / rate], dtype=F64)).item()
+        assert s == pytest.approx(1 / rate, rel=1e-5)
