@@ -46,6 +46,9 @@ class LoraSbConfig(PeftConfig):
               (for tests).
         rank_pattern (`dict[str, int]`): Ranks of layers that differ from r, by name or regular expression.
         modules_to_save (`list[str]`, *optional*): Further modules to train and save in full, such as a new classifier.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Ids of tokens whose embeddings are
+            trained and saved, perhaps by the name of the embedding layer. TRL sets it for the tokens that
+            `chat_template_path` adds.
         layers_to_transform (`int` or `list[int]`, *optional*): Indices of the only layers to adapt.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the `nn.ModuleList` that `layers_to_transform`
             counts.
@@ -80,6 +83,9 @@ class LoraSbConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save in full"}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Ids of tokens to train the embeddings of, or ids by embedding layer"}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the only layers to adapt"}

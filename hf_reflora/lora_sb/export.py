@@ -162,7 +162,7 @@ def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
         "target_modules",
         "exclude_modules",
     )
-    copied += ("layers_to_transform", "layers_pattern", "modules_to_save")
+    copied += ("layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices")
     return LoraConfig(
         r=r,
         lora_alpha=r,

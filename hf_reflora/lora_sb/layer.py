@@ -105,6 +105,14 @@ class LoraSbLayer(BaseTunerLayer):
         self.lorasb_A[adapter_name].copy_(A)
         self.initialized.add(adapter_name)
 
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Copies B, R and A of one adapter into another one of the same rank."""
+        for tensors in (self.lorasb_B, self.lorasb_R, self.lorasb_A):
+            tensors[target].copy_(tensors[source])
+        if source in self.initialized:
+            self.initialized.add(target)
+
     def dequantized_weight(self) -> Tensor:
         """W0 as (out, in) and in a floating-point dtype, also where it is quantized or, as in Conv1D, (in, out)."""
         weight = dequantize_module_weight(self.get_base_layer()).detach()

@@ -24,6 +24,9 @@ class LoraSbModel(BaseTuner):
     `PeftModel.from_pretrained`, which raises a KeyError otherwise. For users without hf_reflora, `export_lora` writes
     an ordinary LoRA adapter.
 
+    `add_adapter("ref", model.peft_config["default"])` makes a copy of the adapter "default", which TRL's trainers take
+    as their reference; any other adapter is initialized as its configuration says.
+
     Args:
         model (`torch.nn.Module`): The model to adapt.
         config ([`LoraSbConfig`]): The adapter's configuration.
@@ -52,6 +55,12 @@ class LoraSbModel(BaseTuner):
         r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), current_key), peft_config.r)
         if isinstance(target, LoraSbLayer):
             target.update_layer(adapter_name, r, peft_config)
+            # TRL's DPO, KTO, GRPO and RLOO trainers take a given adapter as their reference: they add an adapter
+            # "ref" with the very configuration of "default" and copy the parameters whose names have ".default." in
+            # them. No name of a LoRA-SB layer has (R's ends with it, A and B are buffers), so that the reference
+            # would silently be the base model. Therefore such an adapter starts as a copy.
+            if adapter_name == "ref" and peft_config is self.peft_config.get("default"):
+                target.copy_adapter("default", "ref")
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         # NonDynamicallyQuantizableLinear is the out_proj of nn.MultiheadAttention, which reads its weight and never

@@ -1,15 +1,18 @@
-"""The callbacks in trainers other than SFT: TRL's DPO, Reward and GRPO, sequence classification and Seq2Seq."""
+"""Adapters and callbacks in trainers other than SFT: TRL's DPO, KTO, Reward, GRPO, RLOO; classification, Seq2Seq."""
+
+import math
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -20,10 +23,22 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+)
 from versions import needs
 
-from hf_reflora import LoraSbCallback, LoraSbConfig, RefLoraCallback
+from hf_reflora import LoraSbCallback, LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, export_lora
 from hf_reflora.recipes.dpo import loss_at_the_reference
 
 
@@ -232,3 +247,139 @@ def test_lora_sb_asks_for_the_loss_where_it_is_not_the_models_own(make, match, t
     trainer = make(str(tmp_path), [LoraSbCallback()], lora_sb)
     with pytest.raises(ValueError, match=match):
         trainer.train()
+
+
+# A trained adapter as its own reference
+
+
+def trained_lora_sb(init_weights):
+    """A LoRA-SB or LoRA-XS adapter whose outputs are far from the base model's."""
+    model = get_peft_model(tiny.llama(), lora_sb(init_weights=init_weights, task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lorasb_R" in name:
+                parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def with_reference(kind, folder, model, **changes):
+    common = {"output_dir": str(folder), "bf16": False, "gradient_checkpointing": False, **COMMON, **changes}
+    rows = preferences()
+    more = {}
+    if kind is KTOTrainer:
+        rows = Dataset.from_list(
+            [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(rows)]
+        )
+    elif kind is not DPOTrainer:
+        rows = rows.select_columns("prompt")
+        common |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+        more = {"reward_funcs": byte_sum}
+    config = {DPOTrainer: DPOConfig, KTOTrainer: KTOConfig, GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[kind]
+    tokenizer = tiny.tokenizer()
+    return kind(model=model, args=config(**common), train_dataset=rows, processing_class=tokenizer, **more)
+
+
+@pytest.mark.parametrize("init_weights", [True, "lora_xs"])
+@pytest.mark.parametrize("kind", [DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer])
+def test_a_trained_adapter_is_its_own_reference(tmp_path, kind, init_weights):
+    """Stock trainers: the first loss is that of equal policies, and the reference stays while the policy moves."""
+    trainer = with_reference(kind, tmp_path, trained_lora_sb(init_weights))
+    at_start = adapter_tensors(trainer.model, "default")
+    tiny.assert_same(adapter_tensors(trainer.model, "ref"), at_start)
+    trainer.train()
+    first, last = trainer.state.log_history[0], trainer.state.log_history[2]
+    if kind is DPOTrainer:
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert last["loss"] != pytest.approx(math.log(2), abs=1e-6)
+    elif kind is KTOTrainer:
+        assert first["loss"] == pytest.approx(0.5, abs=1e-6)
+        assert first["kl"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert first["kl"] == pytest.approx(0, abs=1e-6)
+        assert abs(last["kl"]) > 1e-8
+    tiny.assert_same(adapter_tensors(trainer.model, "ref"), at_start)
+    assert not all(
+        torch.equal(value, at_start[name]) for name, value in adapter_tensors(trainer.model, "default").items()
+    )
+
+
+def adapter_tensors(model, adapter):
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_a_resumed_run_has_the_same_reference(tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 1}
+    unbroken = with_reference(DPOTrainer, tmp_path / "a", trained_lora_sb(True), **changes)
+    unbroken.train()
+    # The new model's adapter is the trained one, as a script would load it; the checkpoint has both.
+    trainer = with_reference(DPOTrainer, tmp_path / "b", trained_lora_sb(True), **changes)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (unbroken, trainer)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_only_trls_reference_is_a_copy():
+    model = trained_lora_sb(True)
+    config = model.peft_config["default"]
+    model.add_adapter("other", config)
+    model.add_adapter("ref", lora_sb(init_weights=True, task_type="CAUSAL_LM"))
+    for name in ("other", "ref"):
+        R = [value for key, value in adapter_tensors(model, name).items() if key.endswith("lorasb_R")]
+        assert not any(value.any() for value in R)
+
+
+# New tokens of a chat template
+
+
+@pytest.mark.parametrize("init_weights", ["lora_sb", "lora_xs"])
+def test_a_chat_template_with_new_tokens(tmp_path, init_weights):
+    """TRL marks them to be trained; native and exported adapter have them."""
+    source = tiny.tokenizer()
+    source.add_tokens(["<new1>", "<new2>"])
+    source.save_pretrained(tmp_path / "source")
+    tiny.save(tmp_path / "base")
+    rows = Dataset.from_list([{"text": f"{i} <new1> {2 * i} <new2>"} for i in range(8)])
+    trainer = LoraSbSFTTrainer(
+        model=str(tmp_path / "base"),
+        args=SFTConfig(
+            **{"output_dir": str(tmp_path / "out"), "bf16": False, "gradient_checkpointing": False, **COMMON},
+            chat_template_path=str(tmp_path / "source"),
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=rows,
+        peft_config=lora_sb(init_weights=init_weights, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert 260 in trainer.model.peft_config["default"].trainable_token_indices["embed_tokens"]
+    export_lora(tmp_path / "out", tmp_path / "exported")
+    ids = torch.tensor([[260, 5, 6, 261, 7]])
+    expected = trainer.model.eval()(ids).logits
+    for folder in (tmp_path / "out", tmp_path / "exported"):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        base.resize_token_embeddings(trainer.model.config.vocab_size)
+        loaded = PeftModel.from_pretrained(base, folder).eval()
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_a_chat_template_with_new_tokens_in_the_reward_trainer(tmp_path):
+    source = tiny.tokenizer()
+    source.add_tokens(["<new1>"])
+    source.save_pretrained(tmp_path / "source")
+    config = tiny.llama().config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    trainer = RewardTrainer(
+        model=str(tmp_path / "base"),
+        args=RewardConfig(
+            **{"output_dir": str(tmp_path / "out"), "bf16": False, "gradient_checkpointing": False, **COMMON},
+            chat_template_path=str(tmp_path / "source"),
+        ),
+        train_dataset=preferences(),
+        peft_config=lora_sb(init_weights="lora_xs", task_type="SEQ_CLS"),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
