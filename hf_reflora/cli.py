@@ -21,6 +21,9 @@ RECIPES = {
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
+    # A terminal of another encoding must not end a command, such as a push, over a letter that it cannot show.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         # A recipe has its own parser, with some 200 options, and the launcher's options stand among them. argparse
         # cannot leave them to it: even REMAINDER does not take options that come first.

@@ -34,7 +34,7 @@ class AfterOnlyScorer(Scorer):
 def main(*groups) -> None:
     options = RivalOptions(*groups)
     recipe, run = options.recipe, Run(options)
-    test_rows = to_trl(run.load_test_rows(), recipe)
+    test_rows = to_trl(run.load_test_rows(), recipe, test=True)
     scorer = AfterOnlyScorer(
         recipe.score, test_rows, max_new_tokens=recipe.score_max_new_tokens, batch_size=recipe.score_batch_size
     )

@@ -29,6 +29,7 @@ from trl import ModelConfig
 from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trainers import RefLoraTrainer
 from .options import Options, RecipeArguments, RecipeParser
+from .rows import check_cells
 from .run import Run
 
 
@@ -73,10 +74,12 @@ def classes_of(rows: Dataset, column: str) -> dict[Any, str]:
     """The values of a label column and their names, in the order of the classes.
 
     Raises:
-        ValueError: if there is no such column, or its values are not classes: whole numbers or names, two or more.
+        ValueError: if there is no such column, a cell in it is empty, or its values are not classes: whole numbers or
+            names, two or more.
     """
     if column not in rows.column_names:
         raise ValueError(f"label_column is {column!r}, the dataset has the columns {', '.join(rows.column_names)}.")
+    check_cells(rows, [column])
     if isinstance(rows.features[column], ClassLabel):
         return dict(enumerate(rows.features[column].names))
     values = set(rows[column])
@@ -94,13 +97,15 @@ def tokenize(
     """The rows with the model's inputs and `labels`, which are the numbers of the classes from 0.
 
     Raises:
-        ValueError: if a column is missing, or a label is not one of `classes`.
+        ValueError: if a column is missing or not text, a cell is empty, or a label is not one of `classes`.
     """
     if missing := set(recipe.text_columns) - set(rows.column_names):
         raise ValueError(
             f"text_columns names {', '.join(sorted(missing))}, the dataset has the columns "
             f"{', '.join(rows.column_names)}."
         )
+    check_cells(rows, recipe.text_columns, text=True)
+    check_cells(rows, [recipe.label_column])
     if unknown := set(rows[recipe.label_column]) - set(classes):
         raise ValueError(
             f"The split {rows.split} has the labels {sorted(unknown, key=str)}, which are no classes of the training "

@@ -18,6 +18,7 @@ from ..requirements import require
 from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraDPOTrainer
 from .options import Options, RecipeParser
+from .rows import check_trl_rows
 from .run import Run
 
 
@@ -92,6 +93,9 @@ def main(*groups: Any) -> None:
     check_loss(options)
     run = Run(options)
     test_rows = run.load_test_rows() if run.evaluates_loss else None
+    for rows in (run.train_rows, test_rows):
+        if rows is not None:
+            check_trl_rows(rows)
     trainer = run.make_trainer(
         LoraDPOTrainer,
         RefLoraDPOTrainer,

@@ -1,5 +1,6 @@
 """The options that every recipe takes, on the command line and in YAML files, and how they are checked."""
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..trainers.arguments import LoraSbArguments, RefLoraArguments
 from .shipped import config_file
 
 
+# What TRL's quantization config has of these is for 4 bits only.
+OF_4BIT = {"bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"}
 INITS = ("default", "lora_sb")
 
 
@@ -36,6 +39,11 @@ class RecipeArguments:
             "LoRA-SB computes."
         },
     )
+    test_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Another dataset to take dataset_test_split from. Default: dataset_name."},
+    )
+    test_dataset_config: str | None = field(default=None, metadata={"help": "The configuration of test_dataset_name."})
     cpu_threads: int | None = field(
         default=None,
         metadata={
@@ -51,6 +59,8 @@ class RecipeArguments:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}.")
         if self.init == "lora_sb" and METHODS[self.method].native:
             raise ValueError(f"init is for lora, reflora and reflora_s; {self.method} has its own start.")
+        if self.test_dataset_config is not None and self.test_dataset_name is None:
+            raise ValueError("test_dataset_config needs test_dataset_name.")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}.")
 
@@ -73,11 +83,23 @@ class Options:
     def __post_init__(self):
         if not self.model.use_peft:
             raise ValueError("This recipe trains LoRA adapters; leave use_peft true.")
+        if self.script.dataset_streaming:
+            raise ValueError(
+                "dataset_streaming is not supported: the recipes count, check and record the rows. Leave it out; "
+                "datasets reads the rows from disk, so they need not fit the memory."
+            )
+        if self.script.ignore_bias_buffers:
+            raise ValueError(
+                "ignore_bias_buffers is not supported: TRL's option is for models with boolean buffers under DDP. "
+                "Give ddp_broadcast_buffers: false instead."
+            )
         unused = {}
         if self.recipe.method not in REFLORA_METHODS:
             unused |= non_default(self.reflora)
         if not self.starts_from_gradient:
             unused |= non_default(self.lora_sb)
+        if not self.model.load_in_4bit:
+            unused |= {name: value for name, value in non_default(self.model).items() if name in OF_4BIT}
         if METHODS[self.recipe.method].native:
             ordinary = ("lora_alpha", "use_rslora", "use_dora", "lora_target_parameters")
             unused |= {name: value for name, value in non_default(self.model).items() if name in ordinary}
@@ -85,6 +107,7 @@ class Options:
             raise ValueError(
                 f"method {self.recipe.method} with init {self.recipe.init} does not use these settings: "
                 f"{', '.join(unused)}. Leave them out."
+                + (" Those of bitsandbytes need load_in_4bit." if OF_4BIT & set(unused) else "")
             )
 
     @property
@@ -100,6 +123,10 @@ class Options:
     def peft_config(self) -> PeftConfig:
         """TRL's LoraConfig, or a LoraSbConfig with the same settings."""
         config = get_peft_config(self.model)
+        name = self.model.lora_target_modules
+        if isinstance(name, str) and name != "all-linear" and re.fullmatch(r"[\w.]+", name):
+            # TRL makes a list of one name a string, in which PEFT sees a regular expression for the whole path.
+            config.target_modules = {name}
         if not METHODS[self.recipe.method].native:
             return config
         return LoraSbConfig(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
-from trl import ScriptArguments, get_quantization_config
+from trl import get_quantization_config
 
 from ..distributed.parameters import is_zero3_partitioned
 from ..hub.retry import PushError
@@ -24,15 +24,11 @@ from ..report.methods import METHODS
 from ..report.recorder import RunRecordCallback, dataset_facts
 from . import embedded_model, shipped, summary
 from .options import Options
+from .rows import load_rows
 from .scores import Scorer
 
 
 logger = logging.getLogger(__name__)
-
-
-def load_rows(script_args: ScriptArguments, split: str) -> Dataset:
-    """A split of the dataset that the options name; the demo's data need no clone, see `shipped.dataset`."""
-    return load_dataset(shipped.dataset(script_args.dataset_name), script_args.dataset_config, split=split)
 
 
 class Run:
@@ -44,12 +40,20 @@ class Run:
     def __init__(self, options: Options):
         self.start = time.monotonic()
         self.options = options
+        # A terminal of another encoding must not end a run whose answers it cannot show.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        if options.model.model_name_or_path is None:
+            raise ValueError("model_name_or_path is missing: an id on the Hub or a folder.")
         self.train_rows = load_rows(options.script, options.script.dataset_train_split)
         self.record = self._begin_record()
         self._use_cores()
 
     def load_test_rows(self) -> Dataset:
-        return load_rows(self.options.script, self.options.script.dataset_test_split)
+        recipe, script = self.options.recipe, self.options.script
+        return load_rows(
+            script, script.dataset_test_split, name=recipe.test_dataset_name, config=recipe.test_dataset_config
+        )
 
     @property
     def evaluates_loss(self) -> bool:

@@ -1,6 +1,7 @@
 """Held-out rows are answered greedily by a model, and the answers are scored."""
 
 import json
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class Scorer:
         batch_size: Prompts that are answered at a time.
 
     Raises:
-        ValueError: at construction, if the rows lack a prompt or a completion.
+        ValueError: at construction, if the rows lack a prompt or a completion, or a completion is no reference that
+            the score can compare with; the message names the row.
     """
 
     def __init__(self, name: str, rows: Dataset, *, max_new_tokens: int, batch_size: int):
@@ -38,6 +40,7 @@ class Scorer:
         self.name, self.rows = name, rows
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.references = [reference(row) for row in rows]
+        CHECKS[name](self.references)
         self.answers: dict[str, list[str]] = {}  # by "before" and "after"
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> dict[str, float]:
@@ -153,7 +156,8 @@ def tool_call_scores(answers: list[str], references: list[str]) -> dict[str, flo
         "exact": exact / n,
         "valid_json": valid / n,
         "right_tool": tool / n,
-        "argument_f1": 2 * hits / (given + wanted),
+        # Where nothing was wanted and nothing given, every argument is right.
+        "argument_f1": 2 * hits / (given + wanted) if given + wanted else 1.0,
     }
 
 
@@ -173,18 +177,50 @@ def _pairs(arguments: dict[str, Any]) -> set[tuple[str, str]]:
     return {(name, _canonical(value)) for name, value in arguments.items()}
 
 
-def final_answer_scores(answers: list[str], references: list[str]) -> dict[str, float]:
-    """accuracy: share of answers whose last "answer is ..." names the same as the reference's.
+def check_tool_calls(references: list[str]) -> None:
+    """Raises a ValueError for a reference that is no JSON tool call {"name": ..., "arguments": {...}}."""
+    for number, text in enumerate(references):
+        call = _json_object(text)
+        if call is None or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
+            raise ValueError(
+                'score tool_call compares with completions of the form {"name": ..., "arguments": {...}}. That of '
+                f"test row {number} is {text[:80]!r}."
+            )
 
-    MetaMathQA and commonsense-170k end their answers so.
+
+def final_answer_scores(answers: list[str], references: list[str]) -> dict[str, float]:
+    """accuracy: share of answers whose last "answer is ..." or "#### ..." names the same as the reference's.
+
+    MetaMathQA and commonsense-170k end their answers in the first way, GSM8K in the second. Numbers are compared as
+    numbers, so that 0.5, 1/2 and .50 are the same.
     """
     pairs = zip(answers, references, strict=True)
     return {"accuracy": sum(_final_answer(a) == _final_answer(r) is not None for a, r in pairs) / len(references)}
 
 
-def _final_answer(text: str) -> str | None:
+def check_final_answers(references: list[str]) -> None:
+    """Raises a ValueError for a reference that names no final answer."""
+    for number, text in enumerate(references):
+        if _final_answer(text) is None:
+            raise ValueError(
+                'score final_answer compares what follows "answer is" or "####" in the completions. That of test row '
+                f"{number} has neither: {text[-80:]!r}."
+            )
+
+
+def _final_answer(text: str) -> str | Fraction | None:
     _, separator, answer = text.rpartition("answer is")
-    return answer.lstrip(":").strip().rstrip(".").replace(",", "") if separator else None
+    if not separator:
+        _, separator, answer = text.rpartition("#### ")
+    if not separator:
+        return None
+    # The first line only: a model that goes on writes something else after it.
+    answer = answer.lstrip(":").strip().split("\n")[0].strip(" .!?$%").replace(",", "")
+    try:
+        return Fraction(answer)
+    except (ValueError, ZeroDivisionError):
+        return answer or None
 
 
 SCORES = {"tool_call": tool_call_scores, "final_answer": final_answer_scores}
+CHECKS = {"tool_call": check_tool_calls, "final_answer": check_final_answers}

@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraSFTTrainer
 from .options import Options, RecipeArguments, RecipeParser
+from .rows import apply_templates, check_trl_rows
 from .run import Run
 from .scores import SCORES, Scorer
 
@@ -38,7 +39,10 @@ class SFTRecipeArguments(RecipeArguments):
 
     prompt_template: str | None = field(
         default=None,
-        metadata={"help": "The prompt made from a row's columns, e.g. '{question}'. Default: rows in a TRL format."},
+        metadata={
+            "help": "The prompt made from a row's columns, e.g. '{question}', by Python's format strings: literal "
+            "braces are written twice. Default: rows in a TRL format."
+        },
     )
     completion_template: str | None = field(
         default=None, metadata={"help": "The completion made from a row's columns, e.g. '{answer}'."}
@@ -46,6 +50,22 @@ class SFTRecipeArguments(RecipeArguments):
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "With templates: rows become chat messages with this system turn (needs a chat template)."},
+    )
+    test_prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt of the test split, where its columns have other names. Default: prompt_template."
+        },
+    )
+    test_completion_template: str | None = field(
+        default=None, metadata={"help": "The completion of the test split. Default: completion_template."}
+    )
+    max_characters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out rows of which the templates' columns, joined by spaces, have more characters. Default: "
+            "all rows; texts are cut at max_length tokens."
+        },
     )
     score: str | None = field(
         default=None,
@@ -65,28 +85,37 @@ class SFTRecipeArguments(RecipeArguments):
             raise ValueError("prompt_template and completion_template belong together: give both or none.")
         if self.system_prompt is not None and self.prompt_template is None:
             raise ValueError("system_prompt needs prompt_template and completion_template.")
+        if (self.test_prompt_template is None) != (self.test_completion_template is None):
+            raise ValueError("test_prompt_template and test_completion_template belong together: give both or none.")
+        if self.prompt_template is None and (self.test_prompt_template or self.max_characters is not None):
+            raise ValueError("test_prompt_template and max_characters need prompt_template and completion_template.")
+        if self.max_characters is not None and self.max_characters < 1:
+            raise ValueError(f"max_characters must be at least 1, got {self.max_characters}.")
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
     return RecipeParser(SFTConfig, SFTRecipeArguments, prog)
 
 
-def to_trl(rows: Dataset, recipe: SFTRecipeArguments) -> Dataset:
-    """Rows in TRL's prompt/completion format, by the recipe's templates."""
-    if recipe.prompt_template is None:
+def to_trl(rows: Dataset, recipe: SFTRecipeArguments, *, test: bool = False) -> Dataset:
+    """Rows in one of TRL's formats, by the recipe's templates or as they are.
+
+    Raises:
+        ValueError: for a cell that is empty, or a template that does not fit the columns.
+    """
+    prompt_template, completion_template = recipe.prompt_template, recipe.completion_template
+    if test and recipe.test_prompt_template is not None:
+        prompt_template, completion_template = recipe.test_prompt_template, recipe.test_completion_template
+    if prompt_template is None:
+        check_trl_rows(rows)
         return rows
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        prompt, completion = recipe.prompt_template.format(**row), recipe.completion_template.format(**row)
-        if recipe.system_prompt is None:
-            return {"prompt": prompt, "completion": completion}
-        system = {"role": "system", "content": recipe.system_prompt}
-        return {
-            "prompt": [system, {"role": "user", "content": prompt}],
-            "completion": [{"role": "assistant", "content": completion}],
-        }
-
-    return rows.map(convert, remove_columns=rows.column_names, desc="Applying the templates")
+    return apply_templates(
+        rows,
+        prompt_template,
+        completion_template,
+        system_prompt=recipe.system_prompt,
+        max_characters=recipe.max_characters,
+    )
 
 
 def score_labelled_positions_only() -> None:
@@ -106,7 +135,7 @@ def main(*groups: Any) -> None:
     recipe, run = options.recipe, Run(options)
     test_rows = scorer = None
     if run.evaluates_loss or recipe.score is not None:
-        test_rows = to_trl(run.load_test_rows(), recipe)
+        test_rows = to_trl(run.load_test_rows(), recipe, test=True)
     if recipe.score is not None:
         scorer = Scorer(
             recipe.score,

@@ -235,9 +235,11 @@ def test_classes():
     assert classify.classes_of(named, "label") == {0: "bad", 1: "good", 2: "unseen"}
     assert list(classify.classes_of(rows([4, 2, 4]), "label").items()) == [(2, "2"), (4, "4")]
     assert list(classify.classes_of(rows(["b", "a"]), "label").items()) == [("a", "a"), ("b", "b")]
-    for labels in ([0.5, 2.5], ["a", "a"], [1, None]):
+    for labels in ([0.5, 2.5], ["a", "a"]):
         with pytest.raises(ValueError, match="two classes or more"):
             classify.classes_of(rows(labels), "label")
+    with pytest.raises(ValueError, match=r"Row 1 .* has nothing in column 'label'"):
+        classify.classes_of(rows([1, None]), "label")
 
 
 def test_labels_that_training_does_not_have():

@@ -1,8 +1,11 @@
 """Scores of answers, by hand."""
 
-import pytest
+import re
 
-from hf_reflora.recipes.scores import final_answer_scores, reference, tool_call_scores
+import pytest
+from datasets import Dataset
+
+from hf_reflora.recipes.scores import Scorer, final_answer_scores, reference, tool_call_scores
 
 
 LIGHT = '{"name": "set_light", "arguments": {"room": "hall", "on": true}}'
@@ -34,6 +37,44 @@ def test_tool_call_scores_are_means_and_one_f1_over_all():
     scores = tool_call_scores([LIGHT, "no idea"], [LIGHT, TIMER])
     assert scores["exact"] == scores["valid_json"] == scores["right_tool"] == 0.5
     assert scores["argument_f1"] == pytest.approx(2 * 2 / (2 + 3))
+
+
+def test_calls_without_arguments():
+    call = '{"name": "stop", "arguments": {}}'
+    assert tool_call_scores([call], [call])["argument_f1"] == 1.0
+    assert tool_call_scores(["{}"], [call])["argument_f1"] == 1.0  # nothing was wanted and nothing given
+
+
+@pytest.mark.parametrize(
+    ("score", "completion", "message"),
+    [
+        ("tool_call", "no JSON", "That of test row 1 is 'no JSON'"),
+        ("tool_call", '{"name": "stop"}', "of the form"),
+        ("tool_call", '["stop"]', "of the form"),
+        ("final_answer", "It is 7.", 'what follows "answer is" or "####"'),
+    ],
+)
+def test_references_that_a_score_cannot_compare_with(score, completion, message):
+    first = LIGHT if score == "tool_call" else "The answer is 7"
+    rows = Dataset.from_list([{"prompt": "x", "completion": text} for text in (first, completion)])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Scorer(score, rows, max_new_tokens=1, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("#### 1,200", "The answer is: 1200", True),
+        ("The answer is: $0.50.", "#### 1/2", True),
+        ("The answer is 7\n\nQuestion: what is 8?", "#### 7", True),
+        ("The answer is 50%", "#### 50", True),
+        ("The answer is 1/0", "#### 1/0", True),  # a text
+        ("7", "#### 7", False),
+        ("The answer is", "#### 7", False),
+    ],
+)
+def test_final_answers_of_gsm8k(answer, reference, right):
+    assert final_answer_scores([answer], [reference]) == {"accuracy": float(right)}
 
 
 def test_final_answers():
