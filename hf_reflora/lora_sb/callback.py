@@ -1,15 +1,13 @@
 """LoRA-SB's initialization inside a Trainer, on samples of its own training data."""
 
-import itertools
 import math
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -18,6 +16,7 @@ from ..distributed.parameters import check_master_copies
 from .gradients import preserve_random_states
 from .initialize import LossFunction, initialize_lora_sb_weights
 from .model import restore_float32
+from .samples import draw_samples
 from .subspace import UPDATES
 from .targets import adapter_layers, is_initialized
 
@@ -39,7 +38,9 @@ class LoraSbCallback(TrainerCallback):
     `ddp_broadcast_buffers=False`, which saves sending B and A at every step: they are equal on all processes.
 
     Args:
-        num_samples: Number of samples, in all processes together. Default: 0.1 % of the training data, at least 25.
+        num_samples: Number of samples, in all processes together. Default: 0.1 % of the training data, at least 25. Of
+            a stream they are the first ones, and training has them, too; a stream that can be read only once must be
+            read without workers (`dataloader_num_workers=0`) for that.
         eta: η, the step size of the update. Default: the first learning rate above zero in the trainer's schedule
             (with warm-up, the peak divided by the number of warm-up steps; without, the peak).
         update: `"sign"` (for Adam and its relatives) or `"gradient"` (for SGD). Default: what suits the trainer's
@@ -129,18 +130,7 @@ class LoraSbCallback(TrainerCallback):
 
     def _batches(self, args, batch_size: int, train_dataloader) -> DataLoader:
         """This process's share of the samples, drawn with `args.seed` and collated as in training."""
-        dataset = train_dataloader.dataset
-        if isinstance(dataset, IterableDataset):
-            if self.num_samples is None:
-                raise ValueError(
-                    "The training data are a stream of unknown length. Give LoraSbCallback(num_samples=...)."
-                )
-            dataset = list(itertools.islice(dataset, self.num_samples))
-            chosen = range(len(dataset))
-        else:
-            number = max(25, math.ceil(len(dataset) / 1000)) if self.num_samples is None else self.num_samples
-            generator = torch.Generator().manual_seed(args.seed)  # the same samples in every process
-            chosen = torch.randperm(len(dataset), generator=generator)[:number].tolist()
+        dataset, chosen = draw_samples(train_dataloader, self.num_samples, args.seed)
         # A dataloader of its own, since reading the trainer's would advance the trainer's sampler.
         share = chosen[args.process_index :: args.world_size]
         return DataLoader(Subset(dataset, share), batch_size=batch_size, collate_fn=train_dataloader.collate_fn)

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from .config import LoraSbConfig
 from .subspace import balanced_factors
@@ -40,7 +41,8 @@ def export_lora(
     """Writes a LoRA-SB (or LoRA-XS) adapter as an ordinary LoRA adapter, exactly: lora_B = s B R and lora_A = A.
 
     Every layer has `lora_alpha = r`, so that the LoRA's scaling is 1 for every library that reads it. Stock PEFT loads
-    it onto the same base model without hf_reflora and can train it further. `modules_to_save` are written as well.
+    it onto the same base model without hf_reflora and can train it further. `modules_to_save` are written as well, and
+    the rows of embedding and head where the vocabulary has been resized.
     The factors (r, in) and (out, r) are computed in float64 and saved in float32.
 
     Args:
@@ -66,7 +68,7 @@ def export_lora(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty. Choose another folder or remove it.")
     layers, others = _layers(tensors)
-    folded, ranks = dict(others), {}
+    folded, ranks = _without_base_weights(config, others), {}
     lost_energy, energy = {}, {}  # ‖ΔW − ΔW_k‖_F² and ‖ΔW‖_F² by layer
     for name, (A, B, R) in layers.items():
         # In float64, so that the only rounding is that of the product to float32.
@@ -124,8 +126,33 @@ def _layers(tensors: dict[str, Tensor]) -> tuple[dict[str, list[Tensor]], dict[s
             raise ValueError(f"The adapter has values that are not finite, in {_module_name(name)}.")
         if not A.any():  # as a new adapter with init_weights="lora_sb" has it
             raise ValueError(f"The adapter is not initialized yet: A is 0 in {_module_name(name)}. Train it first.")
-    # Where lm_head is adapted, PEFT saves its base weight, too, which is no part of the adapter.
-    return layers, {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
+    return layers, tensors
+
+
+def _without_base_weights(config: LoraSbConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the base weights of embedding and head, where they are those of the base model.
+
+    PEFT saves them along with an adapter of the embedding or the head. Other readers of a LoRA do not expect them, so
+    they are left out if the base model's own configuration is on this machine and says that the vocabulary has not
+    been resized. Otherwise they may be in no other file.
+    """
+    base_weights = {name: tensor for name, tensor in tensors.items() if ".base_layer." in name}
+    if any(len(tensor) != _vocabulary_of_base(config) for tensor in base_weights.values()):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in base_weights}
+
+
+def _vocabulary_of_base(config: LoraSbConfig) -> int | None:
+    """The size of the base model's vocabulary, None where its configuration is not on this machine."""
+    if not config.base_model_name_or_path:
+        return None
+    try:
+        base = AutoConfig.from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, local_files_only=True
+        )
+    except (OSError, ValueError):  # not there, or of a kind that needs its own code
+        return None
+    return base.get_text_config().vocab_size
 
 
 def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -33,6 +33,8 @@ def truncated_svd(M: Tensor, r: int, *, depth: int = 4, seed: int = 0) -> tuple[
     energy of the best rank-r matrix, and up to 1e-2 where r reaches into a flat spectrum (noise), whose subspace is
     arbitrary anyway. A matrix that is hardly larger than that space gets an exact SVD.
 
+    Some steps are in float64, which Apple's MPS does not have: a matrix there is decomposed on the CPU.
+
     Args:
         M: (out, in), finite, float32 or float64. Other dtypes are converted to float32.
         r: Number of triplets, 1 ≤ r ≤ min(out, in).
@@ -42,6 +44,9 @@ def truncated_svd(M: Tensor, r: int, *, depth: int = 4, seed: int = 0) -> tuple[
     Returns:
         U (out, r) and V (in, r), whose columns are orthonormal to 1e-6 (float32), and S (r,) in descending order.
     """
+    if M.device.type == "mps":
+        U, S, V = truncated_svd(M.cpu(), r, depth=depth, seed=seed)
+        return U.to(M.device), S.to(M.device), V.to(M.device)
     M = M.to(torch.promote_types(M.dtype, torch.float32))
     block = r + max(8, r // 4)
     # Here the Krylov space would be most of the whole space, and an exact SVD costs no more.

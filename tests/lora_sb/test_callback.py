@@ -385,6 +385,42 @@ def test_streamed_data(tmp_path):
     assert sum(len(b) for b in seen_samples(tmp_path, LoraSbCallback(num_samples=50), stream)) == 16
 
 
+class Once(torch.utils.data.IterableDataset):
+    """Rows that are gone when they have been read, as those of a queue or a socket."""
+
+    def __init__(self, number=16):
+        self.rows = ({"input_ids": ids, "labels": ids} for ids in tiny.token_dataset(number)["input_ids"])
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        yield from self.rows
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 8])
+@pytest.mark.parametrize("kind", ["generator", "iterator"])
+def test_a_stream_that_can_be_read_once_trains_on_all_its_rows(tmp_path, num_samples, kind):
+    expected = [row["input_ids"] for row in Once()]
+    stream = Once()
+    if kind == "iterator":
+        stream.__class__ = type("Itself", (Once,), {"__iter__": lambda self: self, "__next__": lambda s: next(s.rows)})
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.register_forward_pre_hook(lambda m, a, k: seen.extend(k["input_ids"].tolist()), with_kwargs=True)
+
+    callbacks = [LoraSbCallback(num_samples=num_samples), Watch()]
+    trainer = make_trainer(tmp_path, callbacks, data=stream, cls=Trainer, max_steps=8)
+    trainer.train()
+    assert is_initialized(trainer.model, "default")
+    assert seen == expected
+    if kind == "generator":
+        assert stream.epochs  # what the trainer calls on the dataset still reaches it
+
+
 class Random(torch.utils.data.Dataset):
     """Samples that draw from every random state, as augmentations do."""
 

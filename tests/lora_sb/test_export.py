@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_reflora import LoraSbConfig
 from hf_reflora.cli import main
@@ -538,11 +538,52 @@ def test_cli_usage(arguments, capsys):
     assert "usage: hf-reflora" in capsys.readouterr().err
 
 
-def test_the_output_layer_goes_without_its_base_weight(tmp_path):
+HEADS = {"head": ["lm_head", "q_proj"], "all": ["lm_head", "q_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("targets", HEADS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_layer_goes_without_the_base_weight_of_the_base_model(tmp_path, targets, tied):
     """PEFT saves the base weight of an adapted lm_head, which other readers of a LoRA do not expect."""
+    tiny.save(tmp_path / "base", tie_word_embeddings=tied)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    model = trained(base, target_modules=HEADS[targets])
+    model.save_pretrained(tmp_path / "native")
+    expected = model(IDS).logits
+    for folder, adapter in (("a", model), ("b", tmp_path / "native")):
+        export_lora(adapter, tmp_path / folder)
+        assert not any("base_layer" in name for name in load_file(tmp_path / folder / WEIGHTS))
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(IDS).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("targets", HEADS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_output_layer_goes_with_its_rows(tmp_path, targets, tied):
+    """They are nowhere else: whoever loads the adapter has random rows for the new tokens."""
+    tiny.save(tmp_path / "base", tie_word_embeddings=tied)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    torch.manual_seed(5)
+    base.resize_token_embeddings(272)
+    model = trained(base, target_modules=HEADS[targets])
+    model.save_pretrained(tmp_path / "native")
+    ids = torch.cat([IDS, torch.tensor([[260, 265], [271, 262]])], dim=1)
+    expected = model(ids).logits
+    export_lora(tmp_path / "native", tmp_path / "exported")
+    for folder in ("native", "exported"):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        torch.manual_seed(6)
+        base.resize_token_embeddings(272)
+        loaded = PeftModel.from_pretrained(base, tmp_path / folder).eval()
+        rows = slice(None) if tied else slice(0, 8)  # the untied embedding is saved by nobody
+        torch.testing.assert_close(loaded(ids).logits[:, rows], expected[:, rows], **CLOSE)
+
+
+def test_the_base_weight_of_an_unknown_base_goes_along(tmp_path):
     model = trained(llama(), target_modules=["lm_head", "q_proj"])
     export_lora(model, tmp_path / "out")
-    assert not any("base_layer" in name for name in load_file(tmp_path / "out" / WEIGHTS))
+    assert any("base_layer" in name for name in load_file(tmp_path / "out" / WEIGHTS))
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "out")
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, **CLOSE)
 

@@ -9,6 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reflora import LoraSbConfig
 from hf_reflora.lora_sb import LoraSbLayer
@@ -387,3 +389,26 @@ def test_more_depth_is_nearer():
     best = np.sum(np.linalg.svd(M.double().numpy(), compute_uv=False)[:4] ** 2)
     deficits = [1 - truncated_svd(M, 4, depth=depth)[1].double().square().sum().item() / best for depth in (1, 2, 4)]
     assert deficits[0] > 2 * deficits[1] > 4 * deficits[2] >= 0
+
+
+class OnlyCopies(TorchDispatchMode):
+    """Fails for every operation on Apple's MPS but copies from and to it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
+        is_copy = func.overloadpacket is torch.ops.aten._to_copy or func.namespace == "prim"  # asks for the device
+        assert is_copy or all(tensor.device.type != "mps" for tensor in tensors), func
+        assert all(tensor.dtype != torch.float64 or tensor.device.type != "mps" for tensor in tensors), func
+        return result
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (400, 300)])
+def test_on_mps_the_svd_is_computed_on_the_cpu(shape):
+    """MPS has no float64, nor every decomposition. There is none here: the tensors have shapes and devices only."""
+    with FakeTensorMode():
+        M = torch.empty(shape, device="mps")
+        with OnlyCopies():
+            U, S, V = truncated_svd(M, 4)
+    assert [(t.device.type, t.dtype) for t in (U, S, V)] == [("mps", torch.float32)] * 3
+    assert (U.shape, S.shape, V.shape) == ((shape[0], 4), (4,), (shape[1], 4))
