@@ -3,6 +3,8 @@
 The letters are the package's: W = B A with A (r, in) and B (out, r). Everything is float64.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -23,6 +25,7 @@ DIVERGED = 1e12
 FACTORIZATION = {
     "sizes": [[100, 100, 8], [64, 64, 8], [50, 30, 5]],  # out, in, r; the first one is plotted
     "learning_rates": [0.01, 0.03],
+    "grid": [float(f"{10 ** (k / 4):.3g}") for k in range(-10, 2)],  # quarter-decades from 0.003 to 1.8
     "seeds": 10,
     "steps": 300,
     "plotted_steps": 100,
@@ -98,6 +101,7 @@ def descend(
     after: Callable[[Optimizer, Tensor, Tensor], None] | None = None,
     decay: bool = False,
     measure: Callable[[Tensor, Tensor], list[float]] | None = None,
+    until: float = 0.0,
 ) -> dict[str, list]:
     """Minimizes ‖B A - target‖² / 2 and returns the losses, one more than steps; fewer where it diverges.
 
@@ -107,6 +111,7 @@ def descend(
         after: Called with the optimizer, A and B after each step.
         decay: Whether the learning rate falls linearly to 0.
         measure: Numbers to record at each step, from A and B with their gradients.
+        until: A loss below which it ends.
     """
     A, B = (nn.Parameter(factor.clone()) for factor in start)
     optimizer_ = optimizer(A, B)
@@ -118,6 +123,8 @@ def descend(
         if not loss.item() < DIVERGED:  # NaN, too
             break
         losses.append(loss.item())
+        if loss.item() < until:
+            break
         loss.backward()
         with torch.no_grad():
             if measure:
@@ -137,34 +144,51 @@ def matrix_factorization(settings: dict) -> dict:
     Returns:
         `curves`: of the first size and seed, by method and learning rate. `reached`: the steps that each run needs to
         bring the loss below settings["reached"], by size, learning rate and method: null where it does not, "diverged"
-        where its loss grows beyond all bounds; and the loss after the last step.
+        where its loss grows beyond all bounds; and the loss after the last step. `grid`: the same steps for more
+        learning rates.
     """
-    curves, reached = [], []
-    for size in settings["sizes"]:
+    curves, reached, grid = [], [], []
+    for size, (method, before) in itertools.product(settings["sizes"], BEFORE.items()):
         for lr in settings["learning_rates"]:
-            for method, before in BEFORE.items():
-                steps_needed, ends = [], []
-                for seed in range(settings["seeds"]):
-                    first = size == settings["sizes"][0] and seed == 0
-                    generator = torch.Generator().manual_seed(seed)
-                    out, n_in, r = size
-                    target = low_rank(out, n_in, r, generator)
-                    A = settings["std_A"] * gaussian(r, n_in, generator=generator)
-                    run = descend(
-                        (A, torch.zeros(out, r, dtype=torch.float64)),
-                        target,
-                        lambda A, B, lr=lr: SGD([A, B], lr=lr),
-                        settings["steps"],
-                        before=before,
-                        measure=(lambda A, B, method=method: norms(method, A, B)) if first else None,
-                    )
-                    steps_needed.append(first_below(run["loss"], settings["reached"], settings["steps"]))
-                    ends.append(run["loss"][-1])
-                    if first:
-                        shown = {name: values[: settings["plotted_steps"] + 1] for name, values in run.items()}
-                        curves.append({"method": method, "lr": lr, **shown})
-                reached.append({"size": size, "lr": lr, "method": method, "steps": steps_needed, "end": ends})
-    return {"curves": curves, "reached": reached}
+            runs = [
+                factorize(size, seed, lr, before, settings, functools.partial(norms, method))
+                for seed in range(settings["seeds"])
+            ]
+            steps = [first_below(run["loss"], settings["reached"], settings["steps"]) for run in runs]
+            ends = [run["loss"][-1] for run in runs]
+            reached.append({"size": size, "lr": lr, "method": method, "steps": steps, "end": ends})
+            if size == settings["sizes"][0]:
+                shown = {name: values[: settings["plotted_steps"] + 1] for name, values in runs[0].items()}
+                curves.append({"method": method, "lr": lr, **shown})
+        for lr in settings["grid"]:
+            losses = [factorize(size, seed, lr, before, settings)["loss"] for seed in range(settings["seeds"])]
+            steps = [first_below(loss, settings["reached"], settings["steps"]) for loss in losses]
+            grid.append({"size": size, "lr": lr, "method": method, "steps": steps})
+    return {"curves": curves, "reached": reached, "grid": grid}
+
+
+def factorize(
+    size: list[int],
+    seed: int,
+    lr: float,
+    before: Callable[[Tensor, Tensor], None],
+    settings: dict,
+    measure: Callable[[Tensor, Tensor], list[float]] | None = None,
+) -> dict[str, list]:
+    """One run of gradient descent; without `measure` it ends when the loss is below settings["reached"]."""
+    generator = torch.Generator().manual_seed(seed)
+    out, n_in, r = size
+    target = low_rank(out, n_in, r, generator)
+    A = settings["std_A"] * gaussian(r, n_in, generator=generator)
+    return descend(
+        (A, torch.zeros(out, r, dtype=torch.float64)),
+        target,
+        lambda A, B: SGD([A, B], lr=lr),
+        settings["steps"],
+        before=before,
+        measure=measure,
+        until=settings["reached"] if measure is None else 0.0,
+    )
 
 
 def first_below(losses: list[float], bound: float, steps: int) -> int | str | None:

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 
 from matplotlib.axes import Axes
@@ -90,6 +92,28 @@ def factorization_table(record: dict) -> str:
         cells = [steps_needed(entries[method], settings["steps"]) for method in METHODS]
         rows.append([f"{size[0]} × {size[1]}, rank {size[2]}", str(lr), *cells])
     return table(["Y", "learning rate", *METHODS], rows)
+
+
+def median_steps(entry: dict) -> float:
+    """The median over seeds, where a seed that does not get there counts as infinity."""
+    return statistics.median(steps if isinstance(steps, int) else math.inf for steps in entry["steps"])
+
+
+def best_rates(record: dict) -> dict[tuple[int, ...], dict[str, dict]]:
+    """By size and method, the entry of the grid with the fewest steps in the median."""
+    best: dict[tuple[int, ...], dict[str, dict]] = defaultdict(dict)
+    for entry in record["grid"]:
+        of_size = best[tuple(entry["size"])]
+        of_size[entry["method"]] = min(of_size.get(entry["method"], entry), entry, key=median_steps)
+    return best
+
+
+def best_table(record: dict) -> str:
+    rows = []
+    for size, entries in best_rates(record).items():
+        cells = [f"{median_steps(entries[m]):g} at {entries[m]['lr']:g}" for m in METHODS]
+        rows.append([f"{size[0]} × {size[1]}, rank {size[2]}", *cells])
+    return table(["Y", *METHODS], rows)
 
 
 # Linear regression
@@ -197,16 +221,17 @@ def gauge_table(record: dict) -> str:
     return table(head, rows)
 
 
-PARTS = {
-    "matrix_factorization": (draw_factorization, factorization_table),
-    "linear_regression": (draw_regression, regression_table),
-    "gauge": (draw_gauge, gauge_table),
+PARTS = {  # by record: the plot and the tables
+    "matrix_factorization": (draw_factorization, (factorization_table, best_table)),
+    "linear_regression": (draw_regression, (regression_table,)),
+    "gauge": (draw_gauge, (gauge_table,)),
 }
 
 
 def write() -> None:
     """Draws the plots beside the records and prints the tables, which README.md of this folder shows."""
-    for name, (draw, make_table) in PARTS.items():
+    for name, (draw, tables) in PARTS.items():
         record = load(name)
         draw(record)
-        print(make_table(record), end="\n\n")
+        for make_table in tables:
+            print(make_table(record), end="\n\n")
