@@ -169,6 +169,6 @@ def push_folder(
             )
             (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")
         files = sorted(path for path in staged.rglob("*") if path.is_file())
-        check_files(staged, files, [str(repo.api.token or "")])
+        check_files(staged, files, {"the token in use": str(repo.api.token or "")})
         commit = upload(repo, staged, message)
         return Push(commit, repo.id, [f.relative_to(staged).as_posix() for f in files], left_out, kept_card)

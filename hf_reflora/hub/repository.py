@@ -64,8 +64,7 @@ def prepare(
     if not create_pr:
         _check_writable(repo, info, me, private)
     if info is None:
-        create = functools.partial(repo.api.create_repo, repo.id, private=private, exist_ok=True)
-        call_hub(create, f"Creating {repo.id}", repo.user)
+        call_hub(lambda: _create(repo, private=private), f"Creating {repo.id}", repo.user)
     elif not other_base:
         _check_base(repo, info, base_model)
     if repo.revision != constants.DEFAULT_REVISION and not create_pr and not repo.revision.startswith("refs/"):
@@ -98,9 +97,7 @@ def prepare_space(
     repo, info, me = _open(repo_id, "space", token, None, False)
     _check_writable(repo, info, me, private)
     if info is None:
-        create = functools.partial(
-            repo.api.create_repo, repo.id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
-        )
+        create = functools.partial(_create, repo, space_sdk="gradio", private=private)
         call_hub(create, f"Creating the Space {repo.id}", repo.user)
     elif info.sdk != "gradio":
         raise PushError(f"The Space {repo.id} is one of {info.sdk}, not of gradio. Choose another name.")
@@ -135,8 +132,12 @@ def _open(
     except HFValidationError as error:
         raise PushError(f"{repo_id!r} cannot be the name of a repository: {error}") from None
     api = HfApi(token=token)
-    me = call_hub(api.whoami, "Asking who the token belongs to")
-    user = me["name"]
+
+    def attempt() -> tuple[str, dict[str, Any]]:
+        answer = api.whoami()
+        return answer["name"], answer
+
+    user, me = call_hub(attempt, "Asking who the token belongs to")
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
             f"The token of {user} may only read. Make one with write permission at {TOKENS} and log in with it "
@@ -157,6 +158,15 @@ def _check_writable(repo: Repo, info: Any, me: dict[str, Any], private: bool | N
             "or leave out private."
         )
     _check_write(repo)
+
+
+def _create(repo: Repo, **settings: Any) -> None:
+    """Creates the repository, unless somebody else, or an attempt whose answer was lost, has created it by now."""
+    try:
+        repo.api.create_repo(repo.id, repo_type=repo.type, exist_ok=True, **settings)
+    except KeyError:
+        # huggingface_hub takes the address from the answer "409, it exists"; not every server puts one there.
+        repo.api.repo_info(repo.id, repo_type=repo.type)
 
 
 def _existing(repo: Repo) -> Any:
@@ -194,9 +204,12 @@ def _check_write(repo: Repo) -> None:
         try:
             # What HfApi.auth_check(write=True) asks; huggingface_hub 1.3 has no such argument.
             address = f"{repo.api.endpoint}/api/{repo.type}s/{repo.id}/auth-check/write"
-            hf_raise_for_status(get_session().get(address, headers=build_hf_headers(token=repo.api.token)))
+            response = get_session().get(address, headers=build_hf_headers(token=repo.api.token))
+            if response.status_code == 404:
+                return  # a server that does not know this request: the commit will show whether the user may write
+            hf_raise_for_status(response)
         except RepositoryNotFoundError:
-            return  # the server does not know this request, so the commit will show whether the user may write
+            return
 
     call_hub(attempt, f"Asking for permission to write to {repo.id}", repo.user)
 

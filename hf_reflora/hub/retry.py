@@ -13,24 +13,27 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, logging, parse_ratelimit_headers
 
 
 T = TypeVar("T")
+logger = logging.get_logger(__name__)
 
 # huggingface_hub 1.x is built on httpx and 2.x on httpx2, which has the same names. What it raises are exceptions of
 # the library that it uses, so take that one; its HfHubHTTPError derives from the library's HTTPError.
 httpx: Any = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
 
 DELAYS = (1, 2, 4, 8, 16)  # seconds before each further attempt
-LONGEST_DELAY = 60  # seconds; a longer Retry-After of the Hub is cut to this
+LONGEST_DELAY = 310  # seconds; the Hub counts requests in windows of 300 s
+ANNOUNCED_DELAY = 20  # seconds; the user is told of a longer wait
 TIMEOUT = httpx.Timeout(300, connect=10)  # seconds; huggingface_hub itself sets no limit
 # Statuses after which the same request may succeed. 409 and 412: somebody else committed in between, and the next
 # attempt starts from the new head of the branch.
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 CONFLICT = "another conflicting operation is in progress"
 TOKENS = "https://huggingface.co/settings/tokens"
-FAILURES = (OSError, httpx.HTTPError, RuntimeError, ValueError)  # what huggingface_hub and hf_xet raise
+# What huggingface_hub and hf_xet raise. The last three come from answers of another form than the client expects.
+FAILURES = (OSError, httpx.HTTPError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 
 
 class PushError(RuntimeError):
@@ -53,11 +56,16 @@ def call_hub(call: Callable[[], T], what: str, user: str = "the user") -> T:
     for delay in (*DELAYS, None):
         try:
             return call()
+        except PushError:
+            raise
         except FAILURES as error:
             if not _is_transient(error) or delay is None:
                 # "from None": the client's own messages contain addresses that are signed, which are secrets.
                 raise PushError(f"{what} failed: {_reason(error, user)}") from None
-            time.sleep(max(delay, min(_retry_after(error), LONGEST_DELAY)))
+            seconds = max(delay, min(_asked_delay(error), LONGEST_DELAY))
+            if seconds >= ANNOUNCED_DELAY:
+                logger.warning(f"{what}: the Hub limits the number of requests. Trying again in {seconds:.0f} s.")
+            time.sleep(seconds)
     raise AssertionError("unreachable")
 
 
@@ -114,11 +122,18 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError | ConnectionError | TimeoutError)
 
 
-def _retry_after(error: BaseException) -> float:
+def _asked_delay(error: BaseException) -> float:
     """The seconds that the Hub asks to wait, 0 if it does not say."""
     response = _response(error)
-    value = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(value) if value.isdigit() else 0.0
+    if response is None:
+        return 0.0
+    # The Hub itself announces the end of its window in RateLimit; servers in between use Retry-After.
+    limit = parse_ratelimit_headers(response.headers)
+    value = response.headers.get("Retry-After", "")
+    return max(
+        float(value) if value.isdigit() else 0.0,
+        limit.reset_in_seconds + 1.0 if limit is not None and limit.remaining == 0 else 0.0,
+    )
 
 
 def _reason(error: BaseException, user: str) -> str:
@@ -142,6 +157,8 @@ def _reason(error: BaseException, user: str) -> str:
         return f"others kept changing it at the same time{detail}. Try again."
     if status is not None and status >= 500:
         return f"the Hub answered with an error {len(DELAYS) + 1} times, the last one {status}{detail}. Try again."
+    if isinstance(error, KeyError | AttributeError | TypeError):
+        return f"the Hub answered in a form that huggingface_hub does not know ({type(error).__name__}: {answer})."
     if isinstance(error, JSONDecodeError):
         return f"the Hub answered {len(DELAYS) + 1} times with something that is not JSON. Try again."
     if isinstance(error, httpx.TransportError | ConnectionError | TimeoutError | LocalEntryNotFoundError):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -23,22 +23,23 @@ class SecretFound(ValueError):
     """A file has a secret in it; the message tells which kind and where, not the secret."""
 
 
-def check_files(folder: Path, files: Iterable[Path], secrets: Iterable[str | None] = ()) -> None:
+def check_files(folder: Path, files: Iterable[Path], secrets: Mapping[str, str | None] | None = None) -> None:
     """Looks for tokens and keys, and for the values of this process's environment variables that are named like one.
 
     Args:
         folder: The files' folder, for the message.
         files: Files to read, of any kind and size.
-        secrets: Further values to look for, such as the token in use.
+        secrets: Further values to look for, by what the message calls them, such as "the token in use". Values below
+            8 characters are not looked for, because they stand in ordinary files, too.
 
     Raises:
         SecretFound: with all places.
     """
-    known = [("the token in use", value) for value in secrets if value]
-    named = {name: value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
     # HF_TOKEN_PATH and the like name a file; its path is no secret.
-    known += [(f"the value of ${name}", value) for name, value in named.items() if not os.path.exists(value)]
-    patterns = PATTERNS | {what: re.escape(value.encode()) for what, value in known}
+    named = {name: value for name, value in os.environ.items() if NAMES.search(name) and not os.path.exists(value)}
+    known = {**(secrets or {}), **{f"the value of ${name}": value for name, value in named.items()}}
+    long = {what: value for what, value in known.items() if value and len(value) >= SHORTEST}
+    patterns = PATTERNS | {what: re.escape(value.encode()) for what, value in long.items()}
     places = [f"{file.relative_to(folder).as_posix()} has {what}" for file in files for what in _kinds(file, patterns)]
     if places:
         raise SecretFound(

@@ -1,16 +1,20 @@
 """Makes and pushes the Space that shows an adapter beside its base model."""
 
 import os
+import runpy
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import SpaceCard, constants, get_token
+from huggingface_hub import SpaceCard, constants, get_token, hf_hub_download
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from ..report.front_matter import check_license
 from ..report.ids import is_hub_id
 from .repository import prepare_space
+from .retry import PushError, call_hub
 from .scan import check_files
 from .upload import is_public, upload
 
@@ -18,7 +22,7 @@ from .upload import is_public, upload
 # Where the Space's files are: pyproject.toml puts them into an installed package; a clone has them in spaces/.
 INSTALLED = Path(__file__).parents[1] / "before_after"
 SOURCE = Path(__file__).parents[2] / "spaces" / "before_after"
-FILES = ("README.md", "app.py", "engine.py", "results.py", "requirements.txt")
+FILES = ("README.md", "app.py", "adapter_check.py", "engine.py", "results.py", "requirements.txt")
 ZERO_GPU_TORCH = "torch>=2.8,<2.12"  # the versions that ZeroGPU has
 
 
@@ -53,8 +57,9 @@ def deploy_space(
         license: Of the Space's own code and card.
 
     Raises:
-        PushError: with the reason, if it could not be pushed.
-        ValueError: a name that is no id on the Hub, or an unknown license.
+        PushError: with the reason, if it could not be pushed, or a model is not on the Hub.
+        ValueError: a name that is no id on the Hub, an adapter that the page cannot show, or an unknown license.
+            Nothing is made then.
     """
     for what, name in [("base", base), *(("adapter", adapter) for adapter in adapters)]:
         if not is_hub_id(name):
@@ -64,7 +69,9 @@ def deploy_space(
     check_license(license)
     secrets, warnings = dict(secrets or {}), []
     token = token or get_token()
-    closed = [name for name in (base, *adapters) if token and not is_public(name)]
+    closed = [name for name in (base, *adapters) if not is_public(name, token)]
+    for adapter in adapters:
+        _check_adapter(adapter, token)
     if token and closed and "HF_TOKEN" not in secrets:
         secrets["HF_TOKEN"] = token
         warnings.append(
@@ -75,7 +82,8 @@ def deploy_space(
         folder = Path(temporary) / "space"
         zero_gpu = hardware is not None and hardware.startswith("zero")
         fill(folder, base=base, adapters=adapters, license=license, zero_gpu=zero_gpu)
-        check_files(folder, [folder / name for name in FILES], secrets.values())
+        given = {f"the value of the secret {name}": value for name, value in secrets.items()}
+        check_files(folder, [folder / name for name in FILES], given)
         names = [adapter.rpartition("/")[2] for adapter in adapters]
         # Two adapters of one name (a/tool-calls, b/tool-calls) would have one entry in the page's list: use the ids.
         listed = [
@@ -90,6 +98,27 @@ def deploy_space(
     return Deployed(f"{constants.ENDPOINT}/spaces/{repo.id}", repo.id, warnings)
 
 
+def _check_adapter(adapter: str, token: str | None) -> None:
+    """Raises a ValueError if the page could not show the adapter, by the page's own check."""
+
+    def attempt() -> PeftConfig:
+        with tempfile.TemporaryDirectory() as folder:
+            hf_hub_download(adapter, CONFIG_NAME, token=token, local_dir=folder)
+            return PeftConfig.from_pretrained(folder)
+
+    try:
+        config = call_hub(attempt, f"Reading {CONFIG_NAME} of {adapter}")
+    except PushError as error:
+        raise PushError(f"{error} Is {adapter} an adapter?") from None
+    # The page runs without this package, so the check is among its files.
+    check = runpy.run_path(str(_source() / "adapter_check.py"))["check_adapter"]
+    check(adapter, adapter, config)
+
+
+def _source() -> Path:
+    return INSTALLED if INSTALLED.is_dir() else SOURCE
+
+
 def fill(
     folder: str | os.PathLike, *, base: str, adapters: list[str], license: str = "apache-2.0", zero_gpu: bool = False
 ) -> None:
@@ -100,7 +129,7 @@ def fill(
     folder = Path(folder)
     folder.mkdir()
     for name in FILES:
-        shutil.copyfile((INSTALLED if INSTALLED.is_dir() else SOURCE) / name, folder / name)
+        shutil.copyfile(_source() / name, folder / name)
     card = SpaceCard.load(folder / "README.md")
     card.data.models = [base, *adapters]
     card.data.license = license

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
 from .repository import Repo
-from .retry import FAILURES, call_hub
+from .retry import FAILURES, PushError, call_hub
 
 
 def upload(repo: Repo, folder: Path, message: str) -> CommitInfo:
@@ -95,14 +95,21 @@ def license_of(repo: Repo, model_id: str) -> str | None:
     return data.license if data and isinstance(data.license, str) else None
 
 
-def is_public(model_id: str) -> bool:
-    """Whether everybody can download the model: it exists and is neither private nor gated."""
+def is_public(model_id: str, token: str | None) -> bool:
+    """Whether everybody can download the model: it is neither private nor gated.
+
+    Raises:
+        PushError: the token's owner does not see such a model, or the Hub cannot be reached.
+    """
 
     def attempt() -> bool:
         try:
-            info = HfApi(token=False).model_info(model_id)
+            info = HfApi(token=token).model_info(model_id)
         except RepositoryNotFoundError:
-            return False
+            raise PushError(
+                f"There is no model {model_id} on the Hub that you can see. Check its name, or log in with a token "
+                "that may read it."
+            ) from None
         return not info.private and not info.gated
 
     return call_hub(attempt, f"Looking for {model_id}")

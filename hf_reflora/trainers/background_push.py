@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..hub.adapter import HubCard, push_folder, read_hub_card
 from ..hub.repository import Repo
 from ..hub.retry import PushError
-from ..hub.staging import NEVER, link
+from ..hub.staging import CARD_NAME, NEVER, link
 from ..report.record import RECORD_NAME, RunRecord
 
 
@@ -125,6 +125,13 @@ class BackgroundPushes:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _command(self, repo: Repo) -> str:
+        """The commands that push what has not arrived: the adapter, and the checkpoints that the strategy pushes."""
         options = ["--revision", repo.revision] if repo.revision != "main" else []
         options += ["--create-pr"] if repo.create_pr else []
-        return shlex.join(["hf-reflora", "push", self.output_dir.as_posix(), repo.id, *options])
+        commands = [["hf-reflora", "push", self.output_dir.as_posix(), repo.id, *options]]
+        for name, snapshot in self._unpushed.items():
+            checkpoint = (self.output_dir / snapshot.name).as_posix()
+            # As in our own pushes: no pickle, and not PEFT's card, whose front matter the Hub may refuse.
+            left_out = ["--exclude", "training_args.bin", "--exclude", CARD_NAME]
+            commands.append(["hf", "upload", repo.id, checkpoint, name, *options, *left_out])
+        return " && ".join(shlex.join(command) for command in commands)

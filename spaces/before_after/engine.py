@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
+from adapter_check import check_adapter
 from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -112,7 +113,7 @@ class Engine:
             raise ValueError("__base__ is PEFT's name for the base model: give the adapter another one.")
         configs = {name: PeftConfig.from_pretrained(source) for name, source in adapters.items()}
         for name, config in configs.items():
-            _check_adapter(name, adapters[name], config)
+            check_adapter(name, adapters[name], config)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # CPUs are slow in 16 bits.
         dtype = "auto" if device == "cuda" else torch.float32
@@ -343,24 +344,6 @@ class _Writer:
         if self.settings.top_p < 1:
             scores = TopPLogitsWarper(self.settings.top_p)(None, scores)
         return int((scores[0].log_softmax(-1) + noise).argmax())
-
-
-def _check_adapter(name: str, source: str, config: PeftConfig) -> None:
-    """Raises a ValueError for an adapter that would change the base model's side, or whose own side would be wrong."""
-    kind = getattr(config.peft_type, "value", None)
-    if kind != "LORA":  # other methods ignore adapter_names, and the base's side would be the adapter's
-        raise ValueError(f"{name}: this page shows LoRA adapters, {source} is {kind}. Export it to a LoRA.")
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(
-            f"{name}: {source} changes the base model where it is loaded (init_lora_weights="
-            f"{config.init_lora_weights!r}). Save it with path_initial_model_for_weight_conversion, as PEFT's "
-            "save_pretrained says, and it is an ordinary LoRA."
-        )
-    unsupported = {"bias": config.bias != "none", "layer_replication": config.layer_replication}
-    unsupported["alora_invocation_tokens"] = config.alora_invocation_tokens
-    for setting, is_used in unsupported.items():
-        if is_used:
-            raise ValueError(f"{name}: this page can't show adapters with {setting}, and {source} has it.")
 
 
 def settings_of(**values: Any) -> Settings:

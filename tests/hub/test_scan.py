@@ -30,7 +30,8 @@ def no_secrets_of_the_machine(monkeypatch):
 
 
 def check(folder, *secrets):
-    check_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()), secrets)
+    given = {"the token in use" if i == 0 else f"secret {i}": secret for i, secret in enumerate(secrets)}
+    check_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()), given)
 
 
 def refused(folder, *secrets) -> str:
@@ -88,18 +89,35 @@ def test_what_a_trainer_saves_passes(tmp_path):
     check(tmp_path)
 
 
-@pytest.mark.parametrize("secret", ["plain", 'with "quotes" and (.*)[+?\\', "é漢", SECRETS["a GitHub token"][0]])
+@pytest.mark.parametrize(
+    "secret", ["plainly a secret", 'with "quotes" and (.*)[+?\\', "é漢 é漢 é漢", SECRETS["a GitHub token"][0]]
+)
 def test_given_secrets_are_found_as_they_are(tmp_path, secret):
     (tmp_path / "a.txt").write_text(f"x{secret}y", encoding="utf-8")
-    message = refused(tmp_path, None, "", secret)
+    message = refused(tmp_path, secret, None, "")
     assert "a.txt has the token in use" in message
     assert secret not in message
 
 
-@pytest.mark.parametrize("given", [(), (None,), ("",), ("other",), ("pl.in",)])
+@pytest.mark.parametrize("given", [(), (None,), ("",), ("other things",), ("pl.in plain",)])
 def test_other_secrets_are_none(tmp_path, given):
-    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "a.txt").write_text("plain plain")
     check(tmp_path, *given)
+
+
+def test_every_given_secret_is_looked_for(tmp_path):
+    for name, value in (("a", "first-secret"), ("b", "second-secret")):
+        (tmp_path / f"{name}.txt").write_text(value)
+    message = refused(tmp_path, "first-secret", "second-secret", "third-secret")
+    assert "a.txt has the token in use; b.txt has secret 1" in message
+
+
+def test_a_short_secret_is_not_looked_for(tmp_path):
+    """It would stand in every file."""
+    (tmp_path / "a.txt").write_text("1 true 1234567")
+    check(tmp_path, "1", "true", "1234567")
+    (tmp_path / "a.txt").write_text("12345678")
+    assert "secret 1" in refused(tmp_path, "1", "12345678")
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,56 @@ def test_a_commit_of_somebody_else_in_between_is_kept(server, tmp_path):
     assert len(server.commits("me/adapter")) == 4
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"RateLimit": '"api";r=0;t=40', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 41),
+        ({"RateLimit": '"api";r=0;t=40', "Retry-After": "60"}, 60),
+        ({"RateLimit": '"api";r=7;t=40'}, 1),  # that limit is not the reason
+        ({"RateLimit": '"api";r=0;t=9999'}, 310),
+        ({"Retry-After": "soon"}, 1),
+        ({}, 1),
+    ],
+)
+def test_the_hubs_own_announcement_of_a_rate_limit_is_obeyed(server, tmp_path, monkeypatch, caplog, headers, seconds):
+    waits = []
+    monkeypatch.setattr(retry, "DELAYS", (1, 2, 4, 8, 16))
+    monkeypatch.setattr(retry, "LONGEST_DELAY", 310)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+    server.fault("/repos/create", status=429, headers=headers)
+    push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
+    assert waits == [seconds]
+    assert (f"limits the number of requests. Trying again in {seconds} s" in caplog.text) == (seconds >= 20)
+
+
+def test_a_server_without_auth_check_takes_a_second_push(server, tmp_path):
+    """Such as a self-hosted one: its 404 has no header that names the error."""
+    folder = saved_adapters.lora(tmp_path)
+    push_adapter(folder, "me/adapter")
+    (folder / "notes.model").write_text("new")
+    server.fault("/auth-check", method="GET", status=404, times=-1)
+    push_adapter(folder, "me/adapter")
+    assert server.read("me/adapter", "notes.model") == b"new"
+
+
+@pytest.mark.parametrize("body", [{"error": "You already created this model repo"}, {}])
+def test_an_existing_repository_without_its_address(server, tmp_path, body):
+    """It was created while we looked; not every server puts the address into that answer."""
+    server.fault("/repos/create", action="answer_after", status=409, body=body)
+    push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
+    assert len(server.commits("me/adapter")) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/whoami-v2", []), ("/api/models/me/adapter$", []), ("/repos/create", ["x"]), ("/preupload", [])],
+)
+def test_answers_of_another_form(server, tmp_path, path, body):
+    server.fault(path, method="GET|POST", status=200, body=body, times=-1)
+    with pytest.raises(PushError, match="in a form that huggingface_hub does not know"):
+        push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
+
+
 @pytest.mark.parametrize("action", ["cut_after", "cut", "answer_after"])
 def test_a_pull_request_is_not_opened_twice(server, tmp_path, action):
     HfApi().create_repo("me/adapter")

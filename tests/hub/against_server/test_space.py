@@ -8,6 +8,7 @@ import saved_adapters
 import tiny
 import yaml
 from huggingface_hub import HfApi
+from peft import IA3Config, LoraConfig
 
 from hf_reflora import PushError, push_adapter
 from hf_reflora.cli import main
@@ -50,10 +51,12 @@ def test_the_space_arrives_in_one_commit(server, models):
     assert len(server.commits(SPACE)) == commits
 
 
-def test_adapters_of_one_name_are_told_apart(server, models):
-    deploy_space("me/demo", base="me/base", adapters=["me/adapter", "other/adapter", "me/third"])
+def test_adapters_of_one_name_are_told_apart(server, models, tmp_path):
+    for name in ("team/adapter", "me/third"):
+        push_adapter(tmp_path / "adapter", name)
+    deploy_space("me/demo", base="me/base", adapters=["me/adapter", "team/adapter", "me/third"])
     listed = server.state()[SPACE]["variables"]["ADAPTERS"]
-    expected = "me/adapter=me/adapter,other/adapter=other/adapter,me/third"
+    expected = "me/adapter=me/adapter,team/adapter=team/adapter,me/third"
     assert (listed["value"] if isinstance(listed, dict) else listed) == expected
 
 
@@ -89,6 +92,32 @@ def test_refusals(server, capsys, arguments, message):
     assert server.state() == {}
 
 
+@pytest.mark.parametrize(
+    ("base", "adapter", "message"),
+    [
+        ("me/typo", "me/adapter", "There is no model me/typo on the Hub that you can see"),
+        ("me/base", "me/none", "There is no model me/none on the Hub that you can see"),
+        ("me/base", "me/base", "Is me/base an adapter?"),
+        ("me/base", "me/ia3", "this page shows LoRA adapters, me/ia3 is IA3"),
+        ("me/base", "me/classifier", "me/classifier is for SEQ_CLS"),
+        ("me/base", "me/pissa", "changes the base model where it is loaded"),
+        ("me/base", "me/bias", "can't show adapters with bias"),
+    ],
+)
+def test_what_the_page_cannot_show_makes_no_space_and_gives_no_token_away(server, models, base, adapter, message):
+    configs = {
+        "me/ia3": IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        "me/classifier": LoraConfig(task_type="SEQ_CLS"),
+        "me/pissa": LoraConfig(init_lora_weights="pissa"),
+        "me/bias": LoraConfig(bias="all"),
+    }
+    if adapter in configs:
+        configs[adapter].push_to_hub(adapter)
+    with pytest.raises((PushError, ValueError), match=re.escape(message)):
+        deploy_space("me/demo", base=base, adapters=[adapter])
+    assert SPACE not in server.state()
+
+
 def test_zero_gpu_gets_a_torch_that_it_has(server, models):
     deploy(hardware="zero-a10g")
     assert server.state()[SPACE]["hardware"] == "zero-a10g"
@@ -116,6 +145,6 @@ def test_secrets_are_not_in_the_files(server, models, monkeypatch, tmp_path):
     fill(tmp_path / "space", base="me/base", adapters=["me/adapter"])
     word = re.search(r"\w{12,}", (tmp_path / "space" / "app.py").read_text())[0]
     monkeypatch.setitem(os.environ, "HF_TOKEN", server.tokens["me"])
-    with pytest.raises(SecretFound, match=r"app\.py has the token in use"):
+    with pytest.raises(SecretFound, match=r"app\.py has the value of the secret HF_TOKEN"):
         deploy(secrets={"HF_TOKEN": word})
     assert SPACE not in server.state()

@@ -242,6 +242,24 @@ def test_a_push_that_cannot_be_made_good_is_an_error_at_the_end(server, tmp_path
     assert json.loads(server.read("me/adapter", "run_record.json"))["step"] == 4
 
 
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_the_command_in_the_message_pushes_the_checkpoints_too(server, tmp_path, strategy):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, hub_strategy=strategy, hub_always_push=True)
+    server.fault("/commit/", status=403, times=-1)
+    with pytest.raises(PushError) as caught:
+        trainer.train()
+    server.mend()
+    first, *others = str(caught.value).split("this finishes it: ")[1].split(" && ")
+    main(first.split()[1:])
+    for command in others:
+        done = subprocess.run([Path(sys.executable).with_name("hf"), *command.split()[1:]], capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+    names = {"last-checkpoint"} if strategy == "checkpoint" else {"checkpoint-2", "checkpoint-4"}
+    files = set(server.files("me/adapter"))
+    assert {f"{name}/optimizer.pt" for name in names} <= files
+    assert not any("training_args.bin" in name for name in files)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
