@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoConfig
 
 from .config import LoraSbConfig
@@ -21,7 +22,7 @@ class ExportReport:
     """What an export wrote.
 
     Attributes:
-        ranks: The rank of each layer.
+        ranks: The rank of each layer, without the zeros that fill it up to the largest.
         relative_error: What truncation to a smaller rank lost over all layers, ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F; 0 if exact.
         relative_error_by_layer: The same for each layer.
     """
@@ -40,9 +41,10 @@ def export_lora(
 ) -> ExportReport:
     """Writes a LoRA-SB (or LoRA-XS) adapter as an ordinary LoRA adapter, exactly: lora_B = s B R and lora_A = A.
 
-    Every layer has `lora_alpha = r`, so that the LoRA's scaling is 1 for every library that reads it. Stock PEFT loads
-    it onto the same base model without hf_reflora and can train it further. `modules_to_save` are written as well, and
-    the rows of embedding and head where the vocabulary has been resized.
+    All layers have one rank r, with zeros in those of a smaller one, and `lora_alpha = r`, so that the LoRA's scaling
+    is 1 for every library that reads it, also for llama.cpp and vLLM, which know no ranks of single layers. Stock PEFT
+    loads it onto the same base model without hf_reflora and can train it further. `modules_to_save` are written as
+    well, and the rows of embedding and head where the vocabulary has been resized.
     The factors (r, in) and (out, r) are computed in float64 and saved in float32.
 
     Args:
@@ -69,6 +71,7 @@ def export_lora(
         raise FileExistsError(f"{output} exists and is not empty. Choose another folder or remove it.")
     layers, others = _layers(tensors)
     folded, ranks = _without_base_weights(config, others), {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost_energy, energy = {}, {}  # ‖ΔW − ΔW_k‖_F² and ‖ΔW‖_F² by layer
     for name, (A, B, R) in layers.items():
         # In float64, so that the only rounding is that of the product to float32.
@@ -79,10 +82,16 @@ def export_lora(
         if rank is not None and rank < len(lora_A):
             lora_A, lora_B, lost_energy[module] = _truncate(lora_A, lora_B, rank)
         ranks[module] = len(lora_A)
-        # safetensors takes contiguous tensors only.
-        folded[f"{name}.lora_A.weight"] = lora_A.float().contiguous()
-        folded[f"{name}.lora_B.weight"] = lora_B.float().contiguous()
-    _write(output, _lora_config(config, ranks), folded)
+        factors[name] = lora_A.float(), lora_B.float()
+    r = max(ranks.values())
+    for name, (lora_A, lora_B) in factors.items():
+        # llama.cpp divides alpha by a layer's own rank, and vLLM takes the same rank for all: neither reads PEFT's
+        # patterns. Rows and columns of zeros give all layers one rank, and change no product.
+        missing = r - len(lora_A)
+        folded[f"{name}.lora_A.weight"] = pad(lora_A, (0, 0, 0, missing))
+        folded[f"{name}.lora_B.weight"] = pad(lora_B, (0, missing))
+    # safetensors takes contiguous tensors only.
+    _write(output, _lora_config(config, r), {name: tensor.contiguous() for name, tensor in folded.items()})
     return ExportReport(
         ranks=ranks,
         relative_error=(sum(lost_energy.values()) / (sum(energy.values()) or 1)) ** 0.5,
@@ -171,15 +180,7 @@ def _module_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
-    r = max(ranks.values())
-
-    def key(name: str) -> str:
-        # PEFT matches a pattern with the ends of names, too: the rank of "lin" would be that of "sub.lin" as well.
-        clash = any(other.endswith("." + name) and ranks[other] != ranks[name] for other in ranks)
-        return "^" + name if clash else name
-
-    pattern = {key(name): own for name, own in ranks.items() if own != r}
+def _lora_config(config: LoraSbConfig, r: int) -> LoraConfig:
     # What names the base model and the layers; the rest of LoraConfig keeps its defaults.
     copied: tuple[str, ...] = (
         "base_model_name_or_path",
@@ -193,8 +194,6 @@ def _lora_config(config: LoraSbConfig, ranks: dict[str, int]) -> LoraConfig:
     return LoraConfig(
         r=r,
         lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),  # alpha = r in every layer, as some libraries read one and not the other
         lora_dropout=config.lorasb_dropout,
         init_lora_weights=True,
         inference_mode=True,

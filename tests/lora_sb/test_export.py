@@ -209,8 +209,7 @@ def test_config(tmp_path):
     assert report.ranks == ranks
     assert config["peft_type"] == "LORA"
     assert config["r"] == config["lora_alpha"] == 5
-    assert config["rank_pattern"] == config["alpha_pattern"]
-    assert sorted(config["rank_pattern"].values()) == [2, 3]  # of the two layers that differ from 5
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["init_lora_weights"] is True
     assert config["task_type"] == "CAUSAL_LM"
     assert config["base_model_name_or_path"] == "some/model"
@@ -241,6 +240,22 @@ def test_what_the_config_keeps(from_folder, tmp_path):
     assert config["r"] == 4
     assert config["rank_pattern"] == {}
     assert {name for name in tensors if "lora_" not in name} == {"base_model.model.lm_head.weight"}
+
+
+@pytest.mark.parametrize("rank", [None, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_is_the_rank_in_every_layer(kind, rank, tmp_path):
+    """llama.cpp scales a layer by alpha / its own number of rows, and neither it nor vLLM reads PEFT's patterns."""
+    model = build(kind)
+    if rank is not None and rank > max(model.peft_config["default"].r, 3):
+        pytest.skip("the adapter's own rank is smaller")
+    export_lora(model, tmp_path, rank=rank)
+    config, tensors = adapter(tmp_path)
+    A = [tensor for name, tensor in tensors.items() if "lora_A" in name or "embedding_A" in name]
+    B = [tensor for name, tensor in tensors.items() if "lora_B" in name or "embedding_B" in name]
+    assert {config["lora_alpha"] / len(tensor) for tensor in A} == {1.0}
+    assert {config["lora_alpha"] / tensor.shape[1] for tensor in B} == {1.0}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
 def test_a_regex_stays_a_regex(tmp_path):
