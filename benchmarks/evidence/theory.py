@@ -1,6 +1,6 @@
 """RefLoRA where its theory applies: gradient descent on small problems, as in Figures 1 and 2 of the paper.
 
-    python benchmarks/evidence/theory.py           # runs the experiments: a minute on one CPU core
+    python benchmarks/evidence/theory.py           # runs the experiments: two minutes on one CPU core
     python benchmarks/evidence/theory.py --page    # draws the plots and prints the page's tables from the records
 
 The paper's text states the problems, but its dimensions are not known to us; those in the settings are our choice.
