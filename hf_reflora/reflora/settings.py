@@ -20,8 +20,8 @@ class RefLora:
     """The settings of RefLoRA (https://huggingface.co/papers/2505.18877).
 
     Related methods, which are not part of this package, are BaLoRA (https://huggingface.co/papers/2605.31484), which
-    projects LoRA's factors onto balanced pairs, and PoLoRA (https://huggingface.co/papers/2607.17620), an optimizer for
-    LoRA's factors.
+    projects LoRA's factors onto balanced pairs, and PoLoRA (https://huggingface.co/papers/2607.17620), an optimizer
+    for LoRA's factors.
 
     `RefLoraCallback` and `create_reflora_optimizer` take every field as an argument of the same name, recipes as an
     option `--reflora_…`.
