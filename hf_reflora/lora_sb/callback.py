@@ -18,7 +18,7 @@ from .initialize import LossFunction, initialize_lora_sb_weights
 from .model import restore_float32
 from .samples import draw_samples
 from .subspace import UPDATES
-from .targets import adapter_layers, is_initialized
+from .targets import adapter_layers, is_initialized, missing_peft_model
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,7 @@ class LoraSbCallback(TrainerCallback):
         """Raises a ValueError where this callback could not initialize the adapter: see the class."""
         check_backend("LoRA-SB's initialization")
         if not isinstance(model, PeftModel):
-            raise ValueError(f"LoraSbCallback needs a PeftModel (peft_config=...), got {type(model).__name__}.")
+            raise ValueError(f"LoraSbCallback initializes the adapter of a PeftModel; {missing_peft_model(model)}")
         adapter_layers(model, self.adapter_name)
         loss_type = getattr(args, "loss_type", "nll")  # an argument of TRL's; nll and chunked_nll are the same loss
         if self.forward_fn is None and (args.label_smoothing_factor or loss_type not in ("nll", "chunked_nll")):
@@ -154,7 +154,7 @@ def first_learning_rate(optimizer: Optimizer, lr_scheduler: Any) -> float:
                 return rate
     raise ValueError(
         f"The first learning rate is 0 and {type(scheduler).__name__} does not tell when it rises. Give "
-        "LoraSbCallback(eta=...), the first learning rate above 0."
+        "LoraSbCallback(eta=...), the first learning rate above 0; in a YAML file lorasb_eta."
     )
 
 
@@ -173,5 +173,6 @@ def update_of(optimizer: Optimizer) -> str:
         return "gradient"
     raise ValueError(
         f'The first step of {names[0]} is not known. Give LoraSbCallback(update="sign") if it is near the sign of the '
-        'gradient, as that of Adam is, or update="gradient" if it is proportional to the gradient.'
+        'gradient, as that of Adam is, or update="gradient" if it is proportional to the gradient; in a YAML file '
+        "lorasb_update: sign or gradient."
     )

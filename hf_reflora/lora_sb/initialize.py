@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,15 +224,22 @@ def mean_loss(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor 
         ValueError: if the batch has no labels or the model returns no loss.
     """
     base = model.get_base_model()
+    labels = inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None
+    if labels is None:  # said here, because the model's own error would print the model
+        there = f"has {', '.join(inputs)}" if isinstance(inputs, Mapping) else f"is a {type(inputs).__name__}"
+        raise ValueError(
+            f"The batch must be a dictionary with labels, from which {type(base).__name__} computes its loss, but it "
+            f"{there}. Where the trainer computes the loss itself (RLOO, GRPO, DPO, rewards), give forward_fn, which "
+            "returns the mean loss and the number of labels."
+        )
     # TRL replaces `forward` by one whose fused LM head computes the same loss without the logits in memory. As it is
     # wrapped by functools.wraps, its signature looks like the old one's unless wrappers are not followed.
     has_fused_head = "fused_lm_head" in inspect.signature(base.forward, follow_wrapped=False).parameters
     output = model(**inputs, **({"fused_lm_head": True} if has_fused_head else {}))
-    labels = inputs.get("shift_labels", inputs.get("labels"))
-    if labels is None or getattr(output, "loss", None) is None:
+    if getattr(output, "loss", None) is None:
         raise ValueError(
-            f"The batch must have labels and {type(base).__name__} must return a loss; the batch has "
-            f"{', '.join(inputs)}. Give forward_fn, which returns the mean loss and the number of labels."
+            f"{type(base).__name__} returned no loss for a batch of {', '.join(inputs)}. Give forward_fn, which "
+            "returns the mean loss and the number of labels."
         )
     is_causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
     is_causal |= type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # GPT-2 has no loss_type

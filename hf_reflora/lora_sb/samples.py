@@ -26,7 +26,10 @@ def draw_samples(dataloader: DataLoader, number: int | None, seed: int) -> tuple
     dataset = dataloader.dataset
     if isinstance(dataset, IterableDataset):
         if number is None:
-            raise ValueError("The training data are a stream of unknown length. Give LoraSbCallback(num_samples=...).")
+            raise ValueError(
+                "The training data are a stream of unknown length. Give LoraSbCallback(num_samples=...), "
+                "in a YAML file lorasb_num_samples."
+            )
         rows = first_rows(dataloader, number)
         return rows, list(range(len(rows)))
     number = max(25, math.ceil(len(dataset) / 1000)) if number is None else number
@@ -64,7 +67,8 @@ class _Replay(IterableDataset):
     """A stream whose next pass is given; later passes are the stream's own. It has the stream's attributes."""
 
     def __init__(self, stream: Any, next_pass: Iterator[Any]):
-        self.stream, self.next_pass = stream, next_pass
+        self.stream = stream
+        self.next_pass: Iterator[Any] | None = next_pass
 
     def __iter__(self) -> Iterator[Any]:
         if self.next_pass is None:

@@ -4,6 +4,7 @@ from typing import TypeAlias
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +14,19 @@ from .layer import LoraSbLayer
 
 
 AdapterLayer: TypeAlias = LoraSbLayer | LoraLayer
+
+
+def missing_peft_model(model: nn.Module) -> str:
+    """Why a model that is no PeftModel is not enough, and how to make one, for a message."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return (
+            f"got a {type(model).__name__} with an adapter that model.add_adapter or inject_adapter_in_model has put "
+            "into it. Make it by peft.get_peft_model(model, config), or pass peft_config=... to TRL's trainers."
+        )
+    return (
+        f"got a {type(model).__name__} without an adapter. Make one by peft.get_peft_model(model, config), or pass "
+        "peft_config=... to TRL's trainers."
+    )
 
 
 def adapter_layers(model: PeftModel, adapter_name: str) -> dict[str, AdapterLayer]:

@@ -5,16 +5,27 @@ import weakref
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainingArguments
+from torch.optim import SGD, Optimizer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..distributed.backend import check_backend, unwrap_optimizer
 from .factors import lora_layers, require_pairs
 from .optimizer import STEP_KEY
-from .optimizer_support import check_optim, check_optimizer
+from .optimizer_support import check_optim, check_optimizer, check_rescaling
 from .settings import RefLora, shows_settings
 from .step import choose_step
 from .step_plain import PlainStep
+
+
+def _optimizer_of(args: TrainingArguments, optimizer: Optimizer | None) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Class and arguments of the optimizer that is there, or else of the one that a Trainer will make for `args`."""
+    if optimizer is not None:
+        optimizer = unwrap_optimizer(optimizer)
+        return type(optimizer), getattr(optimizer, "defaults", {})
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(args)
+    except Exception:  # a package is missing, or it needs the model: training says so when it begins
+        return SGD, {}
 
 
 # The callback of each optimizer that trains. Both are held weakly: a trainer that is dropped leaves nothing behind.
@@ -70,6 +81,8 @@ class RefLoraCallback(TrainerCallback):
         check_backend("RefLoRA")
         check_optim(str(getattr(args.optim, "value", args.optim)))
         require_pairs(model)
+        if self.settings.rescales:
+            check_rescaling(*_optimizer_of(args, optimizer), next(model.parameters()).device)
         if optimizer is not None:
             # accelerate's wrapper has a step with an optional closure, whatever the optimizer inside needs.
             check_optimizer(type(unwrap_optimizer(optimizer)))

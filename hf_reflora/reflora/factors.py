@@ -139,10 +139,10 @@ def require_pairs(model: nn.Module) -> list[LoraPair]:
             "adapter with is_trainable=True or call set_adapter; methods that freeze a factor (LoRA-FA, MiCA) have "
             "nothing to refactor."
         )
-    # peft.tuners.vera.layer → vera
-    kinds = sorted({type(m).__module__.split(".")[2] for m in model.modules() if isinstance(m, BaseTunerLayer)})
-    if kinds:
-        raise ValueError(f"{looked}. The model's adapters are of the kind {', '.join(kinds)}; pass a LoraConfig.")
+    others = {type(m) for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    if others:
+        names = ", ".join(sorted(f"{cls.__module__}.{cls.__name__}" for cls in others))
+        raise ValueError(f"{looked}. The adapter layers of this model are others: {names}. Pass a LoraConfig.")
     raise ValueError(
         f"{looked}. {type(model).__name__} has no adapter; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
         "or pass peft_config=LoraConfig(...) to the trainer."

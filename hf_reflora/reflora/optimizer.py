@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .factors import lora_layers, require_pairs
-from .optimizer_support import check_optimizer
+from .optimizer_support import check_optimizer, check_rescaling
 from .settings import RefLora, optional_settings, shows_settings
 from .step import choose_loop_step
 from .step_plain import PlainStep
@@ -61,6 +61,8 @@ def create_reflora_optimizer(
     names = [setting.name for setting in optional_settings()]
     settings = RefLora(method, **{name: kwargs.pop(name) for name in names if name in kwargs})
     check_optimizer(optimizer_cls)
+    if settings.rescales:
+        check_rescaling(optimizer_cls, {"lr": lr, **kwargs}, next(model.parameters()).device)
     require_pairs(model)
     layers = lora_layers(model)
     # One parameter group, as PEFT's factories have it; the hooks do not depend on how groups are made.

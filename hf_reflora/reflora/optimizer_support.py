@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -19,6 +20,10 @@ MOMENT_DEGREES = {
     "square_avg": 2,
     "sum": 2,
 }
+
+INSTEAD = (
+    "Use AdamW or SGD, or let S act on the gradients: form='precondition', in a YAML file reflora_form: precondition."
+)
 
 
 def check_optimizer(optimizer_cls: type[Optimizer]) -> None:
@@ -41,6 +46,36 @@ def check_optim(optim: str) -> None:
         _raise_steps_inside_backward(f"optim={optim}")
 
 
+def check_rescaling(optimizer_cls: type[Optimizer], arguments: dict[str, Any], device: torch.device) -> None:
+    """Raises a ValueError if RefLoRA-S as rescaling could not move the state of such an optimizer.
+
+    What an optimizer keeps is there after its first step only, and by then a recipe has evaluated the base model.
+    Therefore another one takes a step here, on a tensor of its own.
+
+    Args:
+        optimizer_cls: The optimizer's class.
+        arguments: Of its constructor; those that it does not take are left out.
+        device: Of the model: some optimizers need a GPU.
+    """
+    # 4096 numbers, from which on the 8-bit and 4-bit optimizers quantize.
+    parameter = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    taken = inspect.signature(optimizer_cls).parameters
+    try:
+        probe = optimizer_cls([parameter], **{name: value for name, value in arguments.items() if name in taken})
+        probe.step()
+    except Exception:  # it needs more than a tensor: the first step of the training will tell
+        return
+    [found] = moments(probe, parameter, lambda tensor: (tensor,), 1)
+    # By the names of the class and its parents, so that SGD under another library's name counts.
+    is_sgd = any(cls.__name__ == "SGD" for cls in optimizer_cls.__mro__)
+    if not found and not (is_sgd and probe.defaults.get("momentum", 0) == 0):
+        raise ValueError(
+            f"RefLoRA-S as rescaling moves the optimizer's moments along with the factors, but "
+            f"{optimizer_cls.__name__} has none in its state: it may keep them elsewhere. {INSTEAD}"
+        )
+
+
 def _raise_steps_inside_backward(name: str) -> NoReturn:
     raise ValueError(
         f"RefLoRA changes gradients before the step, but {name} takes its step inside the backward pass (LOMO, "
@@ -56,6 +91,9 @@ def moments(
     Args:
         split: Makes the blocks of a tensor of the parameter's shape, for example `LoraPair.split_A`.
         blocks: Their number.
+
+    Raises:
+        ValueError: for state of an unknown name or a quantized one.
     """
     by_block: list[list[tuple[Tensor, int]]] = [[] for _ in range(blocks)]
     for name, value in optimizer.state.get(parameter, {}).items():
@@ -78,6 +116,12 @@ def moment_degree(optimizer: Optimizer, name: str, value: Tensor | None) -> int:
         raise ValueError(
             f"RefLoRA-S as rescaling moves the optimizer's state along with the factors, but "
             f"{type(optimizer).__name__} keeps {name!r}, which it does not know (known: "
-            f"{', '.join(MOMENT_DEGREES)}). Use AdamW or SGD, or form='precondition'."
+            f"{', '.join(MOMENT_DEGREES)}). {INSTEAD}"
         )
-    return MOMENT_DEGREES.get(name, 0)
+    degree = MOMENT_DEGREES.get(name, 0)
+    if degree and type(value) not in (Tensor, torch.nn.Parameter, DTensor):
+        raise ValueError(
+            f"RefLoRA-S as rescaling moves the optimizer's state along with the factors, but "
+            f"{type(optimizer).__name__} keeps {name!r} as a {type(value).__name__}, which is quantized. {INSTEAD}"
+        )
+    return degree

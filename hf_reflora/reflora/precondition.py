@@ -26,7 +26,8 @@ def precondition_(
     """RefLoRA as preconditioning (Theorem 3): ∇A ← S⁻¹ ∇A and ∇B ← ∇B S, in place.
 
     A pair with B = 0 (LoRA's start) keeps its gradients, with `inverse_steps` up to a factor. Gradients that are not
-    finite stay so, and a GradScaler still sees them; S itself is always finite.
+    finite stay so, and a GradScaler still sees them; S itself is always finite, and so is a product with finite
+    gradients: what float16 cannot hold becomes its largest number.
 
     Args:
         As: n matrices A (r_i, in_i) of any floating dtype. Ranks and devices may differ.
@@ -72,8 +73,7 @@ def precondition_scalar_(
     for grad_A, grad_B, s in zip(grads_A, grads_B, balance_scalars(norms_A, norms_B, inverse_steps), strict=True):
         for grad, multiplier in ((grad_A, s.reciprocal()), (grad_B, s)):
             if grad is not None:
-                # copy_ casts the product once, to the gradient's own dtype.
-                grad.copy_(grad.to(multiplier.dtype) * multiplier)
+                _write_(grad, grad.to(multiplier.dtype) * multiplier)
 
 
 @torch.no_grad()
@@ -106,12 +106,12 @@ def rescale_(
     for i, s in enumerate(balance_scalars(norms_A, norms_B, inverse_steps)):
         root = s.sqrt()
         # B A = (B / √s) (√s A), and ∇(√s A) = ∇A / √s.
-        As[i].copy_(As[i].to(root.dtype) * root)
-        Bs[i].copy_(Bs[i].to(root.dtype) / root)
+        _write_(As[i], As[i].to(root.dtype) * root)
+        _write_(Bs[i], Bs[i].to(root.dtype) / root)
         for moment, degree in moments_A[i] if moments_A is not None else ():
-            moment.copy_(moment.to(root.dtype) / root**degree)
+            _write_(moment, moment.to(root.dtype) / root**degree)
         for moment, degree in moments_B[i] if moments_B is not None else ():
-            moment.copy_(moment.to(root.dtype) * root**degree)
+            _write_(moment, moment.to(root.dtype) * root**degree)
 
 
 def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None:
@@ -125,4 +125,16 @@ def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None
         T = S if len(indices) == len(S) else torch.stack([S[i] for i in indices])
         product = T @ stack if left else stack @ T
         for i, value in zip(indices, product.unbind(0), strict=True):
-            present[i].copy_(value)
+            _write_(present[i], value)
+
+
+def _write_(target: Tensor, value: Tensor) -> None:
+    """target ← value, cast once to the target's dtype. What is finite stays finite.
+
+    Only float16 is too small for that: its largest number, 65504, takes the place of a larger one. As inf it would
+    make the factors NaN for good.
+    """
+    if target.dtype == torch.float16:
+        limit = torch.finfo(target.dtype).max
+        value = torch.where(value.isfinite(), value.clamp(-limit, limit), value)
+    target.copy_(value)

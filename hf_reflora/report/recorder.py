@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ..distributed.backend import backend_name
 from ..distributed.parameters import adapter_state_dict, has_sharded_parameters
 from ..lora_sb.config import LoraSbConfig
+from ..lora_sb.targets import missing_peft_model
 from .diagnostics import diagnostics, method_of, same_weights
 from .environment import environment, peak_memory_gb
 from .failures import log_errors
@@ -165,10 +166,7 @@ class RunRecordCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if not isinstance(model, PeftModel):
-            raise ValueError(
-                f"RunRecordCallback records the training of an adapter; got a {type(model).__name__} without one. "
-                "Pass peft_config=... or a PeftModel."
-            )
+            raise ValueError(f"RunRecordCallback records the adapter of a PeftModel; {missing_peft_model(model)}")
         self._begin, self._saved_step = time.monotonic(), None
         with log_errors("The run record could not be begun"):
             self._observe(args, state, model)

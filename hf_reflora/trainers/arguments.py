@@ -59,6 +59,13 @@ class LoraSbArguments:
         default=None,
         metadata={"help": "η of the update. Default: the first learning rate above 0 (lr/warm-up)."},
     )
+    lorasb_update: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer's first step: 'sign' of the gradient (Adam and its relatives) or 'gradient' (SGD). "
+            "Default: what is known of the optimizer."
+        },
+    )
     lorasb_passes: int | None = field(
         default=None,
         metadata={
@@ -78,6 +85,7 @@ class LoraSbArguments:
         return LoraSbCallback(
             num_samples=self.lorasb_num_samples,
             eta=self.lorasb_eta,
+            update=self.lorasb_update,
             passes=self.lorasb_passes,
             start_at_base=self.lorasb_start_at_base,
         )

@@ -14,8 +14,12 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -24,6 +28,11 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# The settings of an adapter that decide which parameters it has, and of which shapes.
+DECISIVE = (
+    *("peft_type", "r", "rank_pattern", "target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "trainable_token_indices", "use_dora"),
+)
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -64,6 +73,31 @@ def checkpoint_to_resume(
     if isinstance(asked, str | os.PathLike) and not is_complete(asked):
         raise ValueError(_why_incomplete(Path(asked)))
     return asked
+
+
+def check_adapter(checkpoint: str | os.PathLike, model: nn.Module) -> None:
+    """Raises a ValueError if a checkpoint is of another adapter than the model's, by their configurations.
+
+    Otherwise torch would raise of parameter groups and sizes, or load what fits and train on in silence.
+    """
+    config = getattr(model, "active_peft_config", None)
+    folders = [Path(checkpoint), *(Path(checkpoint) / name for name in getattr(model, "active_adapters", []))]
+    folder = next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+    if config is None or folder is None:  # FSDP may save the adapter's parameters without a configuration
+        return
+    saved = PeftConfig.from_pretrained(str(folder))
+    for name in DECISIVE:
+        there, here = _text(getattr(saved, name, None)), _text(getattr(config, name, None))
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} is of another adapter than the model's: {name} is {there} there and {here} here. Give "
+                "this run an output_dir of its own, or the adapter the settings of the checkpoint."
+            )
+
+
+def _text(value: Any) -> str:
+    # A configuration has sets where its file has lists, and the type is an Enum.
+    return str(sorted(value, key=str) if isinstance(value, set | list | tuple) else getattr(value, "value", value))
 
 
 def last_common_checkpoint(args: TrainingArguments) -> str | None:

@@ -29,7 +29,7 @@ from ..report.plot import plot
 from ..report.record import RunRecord
 from ..report.recorder import RunRecordCallback, dataset_facts
 from .background_push import BackgroundPushes
-from .checkpoints import begin_checkpoint, checkpoint_to_resume, rotate
+from .checkpoints import begin_checkpoint, check_adapter, checkpoint_to_resume, rotate
 
 
 # A type checker must know whose methods the mixin calls; at run time the Trainer comes from the list of bases.
@@ -63,7 +63,8 @@ class AdapterTrainerMixin(_Base):
     - `hub_token` is not in the `training_args.bin` that it saves.
 
     Raises:
-        ValueError: by `train`, for the path of a checkpoint that is not complete; or where other processes see the
+        ValueError: by `train`, for the path of a checkpoint that is not complete, or a checkpoint of another adapter
+            than the model's; or where other processes see the
             complete checkpoints in `output_dir` and this one does not.
 
     Example:
@@ -97,6 +98,7 @@ class AdapterTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         if isinstance(checkpoint, str | os.PathLike):
+            check_adapter(checkpoint, self.model)
             self.run_record.resumed_from = checkpoint
         output = super().train(checkpoint, *args, **kwargs)
         # Only the main process pushes, and all processes have to save before it can push again.

@@ -594,7 +594,7 @@ def test_compute_loss_func_needs_forward_fn(tmp_path):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (tiny.llama, r"LoraSbCallback needs a PeftModel \(peft_config=...\), got LlamaForCausalLM"),
+        (tiny.llama, "of a PeftModel; got a LlamaForCausalLM without an adapter. Make one by peft.get_peft_model"),
         (lambda: adapted("lora", use_dora=True), "is a LoRA variant such as DoRA"),
         (lambda: adapted("lora", init_lora_weights="pissa"), "another start"),
         (lambda: get_peft_model(tiny.llama(), VeraConfig(r=2, target_modules=["q_proj"])), "is a VeraConfig"),

@@ -545,10 +545,10 @@ NO_LABELS = {"input_ids": torch.full((1, 5), 7)}
         ([], "The dataloader has no batches"),
         (
             [NO_LABELS],
-            "must have labels and LlamaForCausalLM must return a loss; the batch has input_ids. Give forward",
+            "must be a dictionary with labels, from which LlamaForCausalLM .* but it has input_ids.* give forward_fn",
         ),
         ([{**NO_LABELS, "labels": torch.full((1, 5), -100)}], "No gradient reached .*q_proj from these samples"),
-        ([*batches(2), {**NO_LABELS}], "must have labels"),
+        ([*batches(2), {**NO_LABELS}], "must be a dictionary with labels"),
     ],
 )
 @KINDS
@@ -581,7 +581,9 @@ def test_a_model_without_a_loss():
             return super().forward(input_ids)
 
     model.get_base_model().__class__ = Silent
-    assert_fails_cleanly(model, [{**NO_LABELS, "labels": NO_LABELS["input_ids"]}], "Silent must return a loss")
+    assert_fails_cleanly(
+        model, [{**NO_LABELS, "labels": NO_LABELS["input_ids"]}], "Silent returned no loss for a batch of"
+    )
 
 
 @KINDS

@@ -86,7 +86,7 @@ def test_every_setting_of_a_method_reaches_its_callback():
         method = "reflora_s" if name == "form" else "reflora"
         settings = RefLoraArguments(**{f"reflora_{name}": value}).callback(method).settings
         assert getattr(settings, name) == value, name
-    lora_sb = {"num_samples": 3, "eta": 0.5, "passes": 2, "start_at_base": True}
+    lora_sb = {"num_samples": 3, "eta": 0.5, "update": "sign", "passes": 2, "start_at_base": True}
     assert {f"lorasb_{name}" for name in lora_sb} == {field.name for field in dataclasses.fields(LoraSbArguments)}
     for name, value in lora_sb.items():
         assert getattr(LoraSbArguments(**{f"lorasb_{name}": value}).callback(), name) == value, name

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 from versions import UNCOUNTED_LABELS
 
-from hf_reflora import LoraSbCallback, RefLoraCallback, RefLoraTrainer, create_reflora_optimizer
+from hf_reflora import LoraSbCallback, LoraSbConfig, RefLoraCallback, RefLoraTrainer, create_reflora_optimizer
 from hf_reflora.distributed import backend
 from hf_reflora.reflora.optimizer import STEP_KEY
 
@@ -179,7 +179,11 @@ def test_closure_optimizers_are_refused(tmp_path):
         (tiny.llama, "LlamaForCausalLM has no adapter"),
         (
             lambda: get_peft_model(tiny.llama(), VeraConfig(r=2, target_modules=["q_proj"])),
-            "pass a LoraConfig",
+            r"layers of this model are others: peft\.tuners\.vera\.layer\.Linear\. Pass a LoraConfig",
+        ),
+        (
+            lambda: get_peft_model(tiny.llama(), LoraSbConfig(target_modules=["q_proj"], init_weights=True)),
+            r"layers of this model are others: hf_reflora\.lora_sb\.layer\.Linear\. Pass a LoraConfig",
         ),
     ],
 )
@@ -270,6 +274,31 @@ def test_such_optimizers_are_refused_in_person(tmp_path, kind):
         trainer.train()
     with pytest.raises(ValueError, match=f"{kind} takes its step inside the backward pass"):
         create_reflora_optimizer(model, cls, lr=0.1)
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch", "sgd"])
+@pytest.mark.parametrize("form", [None, "precondition"])
+def test_optimizers_that_cannot_be_rescaled_are_refused_at_construction(tmp_path, optim, form):
+    """By what an optimizer of the kind keeps after a step on a tensor of its own."""
+    args = TrainingArguments(**tiny.arguments(tmp_path, optim=optim))
+    callback = RefLoraCallback("reflora_s", form=form)
+    arguments = {"args": args, "train_dataset": tiny.token_dataset(), "reflora": callback}
+    if optim == "adafactor" and form is None:
+        with pytest.raises(ValueError, match=r"Adafactor keeps 'exp_avg_sq_row', .*reflora_form: precondition"):
+            RefLoraTrainer(model=tiny.lora(tiny.llama()), **arguments)
+    else:
+        RefLoraTrainer(model=tiny.lora(tiny.llama()), **arguments).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_torch_4bit"])
+def test_torchaos_quantized_optimizers_are_refused_for_rescaling(tmp_path, optim):
+    args = TrainingArguments(**tiny.arguments(tmp_path, optim=optim))
+    arguments = {"args": args, "train_dataset": tiny.token_dataset()}
+    with pytest.raises(ValueError, match=r"AdamW\dbit keeps 'exp_avg' as a OptimState\dbit, which is quantized"):
+        RefLoraTrainer(model=tiny.lora(tiny.llama()), reflora=RefLoraCallback("reflora_s"), **arguments)
+    callback = RefLoraCallback("reflora_s", form="precondition")
+    RefLoraTrainer(model=tiny.lora(tiny.llama()), reflora=callback, **arguments).train()
 
 
 def test_closures_are_refused_at_construction_too(tmp_path):

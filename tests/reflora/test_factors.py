@@ -11,6 +11,7 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.lora import config as lora_config
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -476,3 +477,9 @@ def test_a_factor_without_gradient_is_left_out():
     torch.testing.assert_close(second.B.grad, expected, rtol=1e-7, atol=1e-12)
     second.B.grad = None
     assert PlainStep(RefLora(), {}).precondition([first, second], optimizer) is None
+
+
+def test_layers_of_a_module_with_a_short_name_are_named():
+    layer = type("Layer", (nn.Module, BaseTunerLayer), {"__module__": "mine"})
+    with pytest.raises(ValueError, match=r"layers of this model are others: mine\.Layer\. Pass a LoraConfig"):
+        require_pairs(nn.Sequential(nn.Linear(2, 2), layer()))

@@ -209,6 +209,25 @@ def test_non_finite_gradients_stay_non_finite(value):
         assert not any(g.isfinite().all() for g in preconditioned(As, Bs, grads_A, grads_B, method=method))
 
 
+@pytest.mark.parametrize("method", [precondition_, precondition_scalar_])
+@pytest.mark.parametrize("ratio", [1e-6, 1e6])
+def test_finite_gradients_stay_finite_in_float16(method, ratio):
+    """Of very unlike factors: the product is beyond 65504, the largest number of float16."""
+    overflowed = 0
+    for seed in range(5):
+        torch.manual_seed(seed)
+        A, B, G = torch.randn(4, 16) * ratio**0.5, torch.randn(16, 4) / ratio**0.5, 5 * torch.randn(16, 16)
+        As, Bs, grads_A, grads_B = ([M.to(F16)] for M in (A, B, B.T @ G, G @ A.T))
+        if not all(g.isfinite().all() for g in grads_A + grads_B):
+            continue
+        exact = preconditioned(*([t.float() for t in ts] for ts in (As, Bs, grads_A, grads_B)), method=method)
+        overflowed += any(not value.to(F16).isfinite().all() for value in exact)
+        for result, value in zip(preconditioned(As, Bs, grads_A, grads_B, method=method), exact, strict=True):
+            limit = torch.finfo(F16).max
+            torch.testing.assert_close(result, value.clamp(-limit, limit).to(F16), rtol=2e-3, atol=1e-6)
+    assert overflowed
+
+
 # What it is for
 
 

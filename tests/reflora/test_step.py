@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from hf_reflora import RefLora
+from hf_reflora import RefLora, create_reflora_optimizer
 from hf_reflora.reflora.factors import require_pairs
-from hf_reflora.reflora.optimizer_support import check_optimizer
+from hf_reflora.reflora.optimizer_support import check_optimizer, check_rescaling, moments
 from hf_reflora.reflora.step_plain import PlainStep
 
 
@@ -113,11 +113,61 @@ def test_unknown_moments_are_refused_by_name(optimizer_cls):
     optimizer.step()
     before = tiny.trainable(model)
     with pytest.raises(
-        ValueError, match=rf"{optimizer_cls.__name__} keeps '\w+', which .* Use AdamW or SGD, or form="
+        ValueError, match=rf"{optimizer_cls.__name__} keeps '\w+', which .* Use AdamW or SGD, or let .*form="
     ):
         PlainStep(RefLora("reflora_s"), {}).rescale(require_pairs(model), optimizer)
     tiny.assert_same(tiny.trainable(model), before)  # refused before anything is written
     PlainStep(RefLora("reflora_s", form="precondition"), {}).precondition(require_pairs(model), optimizer)
+
+
+class Elsewhere(torch.optim.Optimizer):
+    """Adam's first moment, in the parameter group: as GrokAdamW keeps its moments."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                moment = group.setdefault("moments", {}).setdefault(p, torch.zeros_like(p))
+                p.add_(moment.lerp_(p.grad, 0.1), alpha=-group["lr"])
+
+
+CPU = torch.device("cpu")
+
+
+def test_moments_elsewhere_than_in_the_state_are_refused():
+    with pytest.raises(ValueError, match=r"Elsewhere has none in its state: it may keep them elsewhere. Use AdamW"):
+        check_rescaling(Elsewhere, {"lr": 0.1}, CPU)
+    model = tiny.lora(tiny.mlp())
+    with pytest.raises(ValueError, match="Elsewhere has none in its state"):
+        create_reflora_optimizer(model, Elsewhere, lr=0.1, method="reflora_s")
+    create_reflora_optimizer(model, Elsewhere, lr=0.1, method="reflora_s", form="precondition")
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_optimizers_whose_moments_are_known_pass(name):
+    optimizer_cls, kwargs = STATEFUL[name]
+    check_rescaling(optimizer_cls, {"lr": 1e-3, "unknown": 1, **kwargs}, CPU)
+
+
+@pytest.mark.parametrize("name", ["SGD", "MySGD"])
+def test_sgd_without_momentum_has_no_moments(name):
+    cls = torch.optim.SGD if name == "SGD" else type(name, (torch.optim.SGD,), {})
+    check_rescaling(cls, {"lr": 1e-3}, CPU)
+
+
+@pytest.mark.parametrize("kind", ["OptimState8bit", "OptimState4bit"])
+def test_quantized_moments_are_refused(kind):
+    import torchao.optim
+
+    cls = {"OptimState8bit": torchao.optim.AdamW8bit, "OptimState4bit": torchao.optim.AdamW4bit}[kind]
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = cls([parameter], lr=1e-3)
+    optimizer.state[parameter]["exp_avg"] = optimizer._new_buffer(parameter, True)
+    with pytest.raises(ValueError, match=f"{cls.__name__} keeps 'exp_avg' as a {kind}, which is quantized. Use AdamW"):
+        moments(optimizer, parameter, lambda tensor: (tensor,), 1)
 
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Muon])

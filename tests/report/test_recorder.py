@@ -295,9 +295,23 @@ def test_a_model_without_adapter_raises_at_train(tmp_path, kind):
         processing_class=tiny.tokenizer(),
         callbacks=[RunRecordCallback()],
     )
-    with pytest.raises(ValueError, match=r"got a LlamaForCausalLM without one. Pass peft_config=... or a PeftModel"):
+    with pytest.raises(
+        ValueError, match=r"got a LlamaForCausalLM without an adapter. Make one by .*peft_config=\.\.\."
+    ):
         trainer.train()
     assert not list(tmp_path.glob("**/run_record.json"))
+
+
+def test_an_adapter_that_transformers_has_added_raises_at_train(tmp_path):
+    model = tiny.llama()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    for callback in (RunRecordCallback(), LoraSbCallback()):
+        args = TrainingArguments(**tiny.arguments(tmp_path))
+        trainer = Trainer(model=model, args=args, train_dataset=tiny.token_dataset(), callbacks=[callback])
+        with pytest.raises(
+            ValueError, match=r"LlamaForCausalLM with an adapter that model.add_adapter .*get_peft_model"
+        ):
+            trainer.train()
 
 
 def test_a_callback_added_later(tmp_path):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_trainer
 import torch
 from kill_runs import METHODS, STEPS, Run
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
-from hf_reflora import RefLoraSFTTrainer, last_checkpoint
+from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer, last_checkpoint
 from hf_reflora.report.card import render
 from hf_reflora.report.record import RunRecord
 from hf_reflora.trainers import checkpoints
@@ -28,6 +30,48 @@ KILLED = -9
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 EARLY = ("run_record.json", "trainer_state.json")
 MOMENTS = [*(("half", file) for file in FILES), *(("before", file) for file in EARLY)]
+
+
+@pytest.mark.parametrize("save_only_model", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("method", "peft_type is LORASB there and LORA here"),
+        ("r", "r is 8 there and 4 here"),
+        ("layers", r"target_modules is \['q_proj'\] there and \['down_proj', 'q_proj'\] here"),
+    ],
+)
+def test_checkpoints_of_another_adapter_are_refused(tmp_path, change, message, save_only_model):
+    """torch would raise of sizes, or load what fits."""
+    changes = {"save_strategy": "steps", "save_steps": 2, "save_only_model": save_only_model}
+    if change == "method":
+        config = LoraSbConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        tiny_trainer.build(tmp_path, LoraSbSFTTrainer, get_peft_model(tiny.llama(), config), **changes).train()
+    else:
+        other = {"r": 8} if change == "r" else {"target_modules": ["q_proj"]}
+        tiny_trainer.build(tmp_path, RefLoraSFTTrainer, tiny.lora(tiny.llama(), **other), **changes).train()
+    trainer = tiny_trainer.build(tmp_path, RefLoraSFTTrainer, max_steps=6)
+    before = tiny.trainable(trainer.model)
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-4 is of another adapter than the model's: {message}.*output_dir"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    tiny.assert_same(tiny.trainable(trainer.model), before)
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_checkpoints_of_the_same_adapter_are_resumed(tmp_path, name):
+    """Whatever its name, and with settings that a file has as lists and a model as sets."""
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], exclude_modules=["k_proj"], rank_pattern={"q_proj": 2}
+    )
+    for steps in (4, 6):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.llama(), config, adapter_name=name)
+        changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+        trainer = tiny_trainer.build(tmp_path, RefLoraSFTTrainer, model, **changes)
+        trainer.train(resume_from_checkpoint=steps == 6)
+    assert trainer.state.global_step == 6
 
 
 @pytest.fixture(scope="module")

@@ -101,11 +101,11 @@ def byte_sum(completions, **kwargs):
     return [sum(text.encode()) / 1000 for text in completions]
 
 
-def grpo(folder, callbacks, config=lora):
-    return GRPOTrainer(
+def grpo(folder, callbacks, config=lora, cls=GRPOTrainer, arguments=GRPOConfig):
+    return cls(
         model=tiny.llama(),
         reward_funcs=byte_sum,
-        args=GRPOConfig(
+        args=arguments(
             output_dir=folder,
             bf16=False,
             gradient_checkpointing=False,
@@ -118,6 +118,10 @@ def grpo(folder, callbacks, config=lora):
         peft_config=config(task_type="CAUSAL_LM"),
         callbacks=callbacks,
     )
+
+
+def rloo(folder, callbacks, config=lora):
+    return grpo(folder, callbacks, config, RLOOTrainer, RLOOConfig)
 
 
 def classify(folder, callbacks, config=lora):
@@ -240,13 +244,18 @@ def test_lora_sb_starts_at_the_first_step_of_full_fine_tuning(make, config, tmp_
     [
         (dpo, r"The loss is not the model's own \(loss_type=\['sigmoid'\].*forward_fn"),
         (grpo, r"The loss is not the model's own \(loss_type='dapo'.*forward_fn"),
-        (reward, "LlamaForSequenceClassification must return a loss; the batch has .*Give forward_fn"),
+        (reward, "a dictionary with labels, .* but it has input_ids, attention_mask.* give forward_fn"),
+        (
+            rloo,
+            "a dictionary with labels, from which LlamaForCausalLM computes its loss, but it is a list.*forward_fn",
+        ),
     ],
 )
 def test_lora_sb_asks_for_the_loss_where_it_is_not_the_models_own(make, match, tmp_path):
     trainer = make(str(tmp_path), [LoraSbCallback()], lora_sb)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=match) as raised:
         trainer.train()
+    assert len(str(raised.value)) < 400  # and not the model printed
 
 
 # A trained adapter as its own reference
