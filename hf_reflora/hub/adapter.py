@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
+from transformers.utils import logging
 
 from ..report.card import render
 from ..report.edits import is_edited
@@ -17,6 +18,9 @@ from .repository import Repo, prepare
 from .scan import check_files
 from .staging import CARD_NAME, NATIVE_FOLDER, PLOT_NAME, read_card, read_record, stage
 from .upload import license_of, read_text, upload
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def push_adapter(
 
     Raises:
         PushError: with the reason, if it could not be pushed.
-        ValueError: no adapter in the folder, a record of other weights, a wrong card, or a secret in a file
-            (`scan.SecretFound`).
+        ValueError: no adapter in the folder, broken weights, a record of other weights, a wrong card, or a secret in
+            a file (`scan.SecretFound`).
     """
     folder = Path(folder)
     if base_model is not None and not is_hub_id(base_model):
@@ -148,6 +152,8 @@ def push_folder(
     with tempfile.TemporaryDirectory(prefix="hf_reflora-") as temporary:
         staged = Path(temporary) / "adapter"
         left_out = stage(folder, staged, record=record, checkpoints=checkpoints or {})
+        if left_out:
+            logger.warning(f"Not published, because it belongs to no adapter: {', '.join(left_out)}.")
         exported = (staged / NATIVE_FOLDER).exists()
         if is_edited(own):
             check_front_matter(own)

@@ -7,23 +7,25 @@ import shutil
 from pathlib import Path
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..adapter_files import published_names
 from ..lora_sb.config import LoraSbConfig
 from ..lora_sb.export import export_lora
 from ..report.diagnostics import diagnostics, method_of
 from ..report.edits import is_edited
 from ..report.ids import hub_id
+from ..report.local_paths import shortened, without_local_paths
 from ..report.plot import plot
 from ..report.record import RECORD_NAME, RunRecord
+from ..report.weights import check_weights, convert_weights, read_weights
 
 
 CARD_NAME, PLOT_NAME, NATIVE_FOLDER = "README.md", "training.png", "native"
-# The kinds of files that an adapter's repository is made of. Nothing else is published: training_args.bin, which is a
-# pickle and may contain a token, optimizer states, logs, .env, …
-SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".png", ".svg", ".jpg", ".yaml", ".yml"}
+# What is left out of checkpoints: a pickle that may contain a token, .env, …
 NEVER = ("training_args.bin", ".*", "__pycache__")
-STATE = {"trainer_state.json", "training_args.json", "all_results.json", "train_results.json", "eval_results.json"}
+# The settings in configurations that are paths on the machine that wrote them.
+PATH_WORDS = ("path", "file", "dir")
 
 
 def read_record(folder: Path, base_model: str | None = None) -> RunRecord:
@@ -43,7 +45,7 @@ def read_record(folder: Path, base_model: str | None = None) -> RunRecord:
         _check_weights(record, folder, config)
     else:
         name = config.base_model_name_or_path or "an unknown base model"
-        record = RunRecord(method=method_of(config), model=name, base_model=hub_id(name))
+        record = RunRecord(method=method_of(config), model=shortened(name), base_model=hub_id(name))
     if base_model is not None:
         record.replace(base_model=base_model)
     return record
@@ -55,7 +57,8 @@ def read_config(folder: Path) -> PeftConfig:
     Raises:
         ValueError: the folder has no adapter.
     """
-    if not (folder / CONFIG_NAME).is_file() or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    weights = [name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+    if not (folder / CONFIG_NAME).is_file() or not weights:
         there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise ValueError(
             f"{folder} has no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} were looked for, found: "
@@ -67,9 +70,10 @@ def read_config(folder: Path) -> PeftConfig:
 def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[str, Path]) -> list[str]:
     """Puts into the new folder `target` what is published of `folder` and `checkpoints`, without changing these.
 
-    A LoRA-SB adapter is exported, and its own form goes to `native/`. A base model's local path in
-    `adapter_config.json` becomes the id in the record, or null. A plot is drawn where there is none. A card that
-    nobody has edited is left out, because it has to be rendered for the Hub.
+    A LoRA-SB adapter is exported, and its own form goes to `native/`; weights in the older form, `.bin`, become
+    safetensors. A base model's local path in `adapter_config.json` becomes the id in the record, or null, and other
+    local paths in configurations their last name. A plot is drawn where there is none. A card that nobody has edited
+    is left out, because it has to be rendered for the Hub.
 
     Args:
         folder: Folder of the adapter.
@@ -81,20 +85,27 @@ def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[st
         The names in `folder` that are not published.
 
     Raises:
-        ValueError: `folder` has no adapter, or one that cannot be exported.
+        ValueError: `folder` has no adapter, one that cannot be exported, or broken weights, see `check_weights`.
     """
     config = read_config(folder)
     target.mkdir(parents=True)
     for name, checkpoint in checkpoints.items():
         ignore = shutil.ignore_patterns(*NEVER, CARD_NAME)
         shutil.copytree(checkpoint, target / name, copy_function=link, ignore=ignore)
-    for path in _published(folder):
-        copy = target / path.relative_to(folder)
-        copy.parent.mkdir(exist_ok=True)
-        link(path, copy)
+    for name in published_names(folder):
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True, parents=True)
+        link(folder / name, copy)
+    for path in (*target.glob(WEIGHTS_NAME), *target.glob(f"*/{WEIGHTS_NAME}")):
+        if path.with_name(SAFETENSORS_WEIGHTS_NAME).exists():
+            path.unlink()
+        else:
+            convert_weights(path.parent)
+    for path in (*target.glob(SAFETENSORS_WEIGHTS_NAME), *target.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")):
+        check_weights(path.parent)
     if isinstance(config, LoraSbConfig):
         _export(folder, target)
-    _name_base_model(target, record.base_model)
+    _clean_configs(target, record.base_model)
     if not (target / PLOT_NAME).exists():
         plot(record, target / PLOT_NAME)
     if not is_edited(read_card(folder)):
@@ -121,22 +132,6 @@ def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
         shutil.copyfile(source, target)
 
 
-def _published(folder: Path) -> list[Path]:
-    """The files that are published: those of the adapter, and of further ones, which PEFT saves in folders inside."""
-    entries = sorted(folder.iterdir())
-    inner = [entry for entry in entries if entry.is_dir() and (entry / CONFIG_NAME).is_file()]
-    inner = [entry for entry in inner if not entry.name.startswith((".", "_", "checkpoint-"))]
-    files = [*entries, *(path for entry in inner for path in sorted(entry.iterdir()))]
-    return [
-        path
-        for path in files
-        if path.is_file()
-        and path.suffix in SUFFIXES
-        and path.name not in STATE
-        and not path.name.startswith((".", "_"))
-    ]
-
-
 def _export(folder: Path, target: Path) -> None:
     """Replaces a LoRA-SB adapter in `target` by the ordinary LoRA that it is equal to, and moves it to `native/`."""
     native, exported = target / NATIVE_FOLDER, target.with_name("exported")
@@ -144,24 +139,35 @@ def _export(folder: Path, target: Path) -> None:
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         (target / name).replace(native / name)
     export_lora(folder, exported)
-    for path in exported.iterdir():
-        path.replace(target / path.name)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        (exported / name).replace(target / name)
 
 
-def _name_base_model(target: Path, base_model: str | None) -> None:
-    """Names the base model in all configurations by its id; a path of this machine must not be published."""
-    for path in target.rglob(CONFIG_NAME):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.get("base_model_name_or_path") != base_model:
+def _clean_configs(target: Path, base_model: str | None) -> None:
+    """Names the base model in all adapters' configurations by its id, and shortens other local paths."""
+    for path in target.rglob("*.json"):
+        if path.name == CONFIG_NAME:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            clean = without_local_paths({**settings, "base_model_name_or_path": base_model})
+            if "base_model_name_or_path" not in settings and base_model is None:
+                del clean["base_model_name_or_path"]
+        elif path.name.endswith("_config.json"):  # of the tokenizer or the processor; their texts are no paths
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            clean = {
+                name: without_local_paths(value) if any(word in name for word in PATH_WORDS) else value
+                for name, value in settings.items()
+            }
+        else:
+            continue
+        if clean != settings:
             path.unlink()  # it may be a hard link, and writing to it would change the original
-            settings["base_model_name_or_path"] = base_model
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8", newline="\n")
+            path.write_text(json.dumps(clean, indent=2, sort_keys=True), encoding="utf-8", newline="\n")
 
 
 def _check_weights(record: RunRecord, folder: Path, config: PeftConfig) -> None:
     """Raises if the diagnostics in the record are not those of the weights beside it."""
     recorded = record.diagnostics
-    actual = diagnostics(config, load_peft_weights(str(folder), device="cpu")) if recorded else {}
+    actual = diagnostics(config, read_weights(folder)) if recorded else {}
     names = [name for name in recorded if name.startswith(("norm", "layers"))]
     differ = [name for name in names if not _close(recorded[name], actual.get(name))]
     if differ:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig
 
+from ..adapter_files import copy_companions, download
 from .config import LoraSbConfig
 from .subspace import balanced_factors
 
@@ -44,8 +45,9 @@ def export_lora(
     All layers have one rank r, with zeros in those of a smaller one, and `lora_alpha = r`, so that the LoRA's scaling
     is 1 for every library that reads it, also for llama.cpp and vLLM, which know no ranks of single layers. Stock PEFT
     loads it onto the same base model without hf_reflora and can train it further. `modules_to_save` are written as
-    well, and the rows of embedding and head where the vocabulary has been resized.
-    The factors (r, in) and (out, r) are computed in float64 and saved in float32.
+    well, and the rows of embedding and head where the vocabulary has been resized. The tokenizer, chat templates and
+    license beside a saved adapter go along. The factors (r, in) and (out, r) are computed in float64 and saved in
+    float32.
 
     Args:
         adapter: A `PeftModel`, a folder with a saved adapter, or its id on the Hub. The base model is not needed.
@@ -62,7 +64,10 @@ def export_lora(
             a `rank` out of range.
         FileExistsError: if `output_dir` has files.
     """
-    config, tensors = _load(adapter, adapter_name)
+    source = None
+    if not isinstance(adapter, PeftModel):
+        source = Path(adapter) if Path(adapter).is_dir() else download(str(adapter))
+    config, tensors = _load(adapter if source is None else source, adapter_name)
     largest = max([config.r, *config.rank_pattern.values()])
     if rank is not None and not (isinstance(rank, int) and 1 <= rank <= largest):
         raise ValueError(f"rank must be an integer between 1 and the adapter's own rank, {largest}; got {rank}.")
@@ -91,7 +96,8 @@ def export_lora(
         folded[f"{name}.lora_A.weight"] = pad(lora_A, (0, 0, 0, missing))
         folded[f"{name}.lora_B.weight"] = pad(lora_B, (0, missing))
     # safetensors takes contiguous tensors only.
-    _write(output, _lora_config(config, r), {name: tensor.contiguous() for name, tensor in folded.items()})
+    folded = {name: tensor.contiguous() for name, tensor in folded.items()}
+    _write(output, _lora_config(config, r), folded, source)
     return ExportReport(
         ranks=ranks,
         relative_error=(sum(lost_energy.values()) / (sum(energy.values()) or 1)) ** 0.5,
@@ -201,13 +207,15 @@ def _lora_config(config: LoraSbConfig, r: int) -> LoraConfig:
     )
 
 
-def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+def _write(output: Path, config: LoraConfig, tensors: dict[str, Tensor], source: Path | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         unfinished = Path(temporary) / output.name
         unfinished.mkdir()
         config.save_pretrained(unfinished)
         save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if source is not None:
+            copy_companions(source, unfinished)
         if output.exists():
             output.rmdir()  # it is empty; Windows does not rename a folder onto another one
         unfinished.rename(output)  # in one step, so that no half-written adapter is ever there

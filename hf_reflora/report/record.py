@@ -9,6 +9,7 @@ from typing import Any
 
 from .environment import without_secrets, write_json
 from .ids import is_hub_id
+from .local_paths import without_local_paths
 
 
 RECORD_NAME = "run_record.json"
@@ -162,12 +163,12 @@ class RunRecord:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the record, without secrets, to `path`. A write that fails leaves the old file as it was."""
-        write_json(Path(path), without_secrets(self.to_dict()))
+        """Writes the record, as it may be published, to `path`. A write that fails leaves the old file as it was."""
+        write_json(Path(path), _published(self.to_dict()))
 
     def without_secrets(self) -> "RunRecord":
-        """A copy as `save` writes it: tokens and other secrets replaced by "***", the home folder by "~"."""
-        return RunRecord.from_dict(without_secrets(self.to_dict()))
+        """A copy as `save` writes it: secrets are replaced by "***", local paths by their last name."""
+        return RunRecord.from_dict(_published(self.to_dict()))
 
     # What readers ask for
 
@@ -212,6 +213,11 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+def _published(data: dict[str, Any]) -> dict[str, Any]:
+    # Examples are shown as they came out: a prompt may look like a path.
+    return without_local_paths(without_secrets(data), keep=("examples",))
 
 
 def _merged(old: Any, new: Any) -> Any:

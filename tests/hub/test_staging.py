@@ -11,6 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 from trl import SFTConfig, SFTTrainer
@@ -32,10 +33,16 @@ JUNK = {
     *("trainer_state.json", "training_args.json", "all_results.json", "_private.json", "script.py", "data.jsonl"),
     *("pytorch_model.bin", "weights.tmp", "log", "checkpoint-2/adapter_config.json", "runs/events.json"),
     *(".cache/x.json", "__pycache__/x.json", "_mine/adapter_config.json", "other/notes.md", ".push-x/README.md"),
+    # What lies in many trainers' folders and nobody meant to publish.
+    *("train.json", "generated_predictions.txt", "notes.md", "recipe.yaml", "photo.jpg", "README.txt", "config.json"),
+}
+COMPANIONS = {
+    *("vocab.txt", "LICENSE", "LICENSE-GEMMA.txt", "NOTICE", "tokenizer.model.v3", "qwen.tiktoken", "source.spm"),
+    *("tokenization_qwen.py", "additional_chat_templates/tool_use.jinja", "generation_config.json", "spiece.model"),
 }
 GOOD = {
     *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-    *("chat_template.jinja", "run_record.json", "training.png", "notes.md", "figure.svg", "vocab.txt", "recipe.yaml"),
+    *("chat_template.jinja", "run_record.json", "training.png"),
 }
 
 
@@ -101,14 +108,63 @@ def logits(folder, **where):
 
 
 def test_what_is_taken_and_what_is_left_out(folder, tmp_path):
-    for name in JUNK | {"notes.md", "figure.svg", "vocab.txt", "recipe.yaml"}:
+    for name in JUNK | COMPANIONS:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     before = content(folder)
     files, left_out = staged(folder, tmp_path / "out")
-    assert files == GOOD
+    assert files == GOOD | COMPANIONS
     assert left_out == sorted({name.split("/")[0] for name in JUNK} | {"checkpoint-4"})
     assert content(folder) == before
+
+
+def test_pictures_that_the_card_shows_go_along(folder, tmp_path):
+    for name in ("loss.png", "img/a.jpg", "other.png", "secret.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    text = "# Mine\n![loss](loss.png) <img src='img/a.jpg' width=3> ![x](../other.png) ![y](https://x.y/secret.png)\n"
+    (folder / "README.md").write_text(text)
+    files, left_out = staged(folder, tmp_path / "out")
+    assert files == GOOD | {"README.md", "loss.png", "img/a.jpg"}
+    assert {"other.png", "secret.png"} <= set(left_out)
+
+
+def test_weights_of_the_older_form_become_safetensors(folder, tmp_path):
+    expected = logits(folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    files, left_out = staged(folder, tmp_path / "out")
+    assert files == GOOD
+    assert "adapter_model.bin" in left_out
+    assert torch.equal(logits(tmp_path / "out"), expected)
+    (folder / "adapter_model.bin").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"cannot be read: .* Save the adapter again"):
+        staged(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["/home/jane/base", r"C:\Users\Jane Doe\base", "~/base", r"\\server\share\base"])
+def test_no_path_of_the_machine_is_published(folder, tmp_path, name):
+    """Of the adapter's and the tokenizer's configuration and the record, also of a recipe's command line."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": name, "corda_config": {"cache_file": name, "corda_method": "ipm"}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {"name_or_path": name}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    record = RunRecord.load(folder / "run_record.json")
+    command = [f"{name}/train.py", "--model_name_or_path", name, f"--dataset_name={name}"]
+    record.update(model=name, dataset=name, arguments={"output_dir": name}, environment={"command": command})
+    record.replace(base_model=None, dataset_id=None)
+    record.save(folder / "run_record.json")
+    staged(folder, tmp_path / "out")
+    published = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in published}
+    texts["card"] = render(read_record(folder))
+    assert len(texts) == 5
+    for place, text in texts.items():
+        for word in ("jane", "Jane", "~/base", "share"):
+            assert word not in text, place
+    assert json.loads(texts["adapter_config.json"])["corda_config"] == {"cache_file": "…/base", "corda_method": "ipm"}
+    assert json.loads(texts["run_record.json"])["environment"]["command"][3] == "--dataset_name=…/base"
 
 
 def test_a_second_adapter_in_its_own_folder_goes_along(tmp_path):
@@ -284,7 +340,7 @@ def test_without_a_record_the_configuration_tells(trained, tmp_path, kind, metho
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     record = read_record(folder, None)
     assert (record.method, record.base_model) == (method, base_model)
-    assert record.model == (name or "an unknown base model")
+    assert record.model == {None: "an unknown base model", "/data/base": "…/base"}.get(name, name)
     files, _ = staged(folder, tmp_path / "out")
     assert not {"run_record.json", "README.md"} & files
     text = render(record)
@@ -335,7 +391,6 @@ def test_the_record_of_another_method_is_refused(trained, tmp_path, kind, other)
         ([], "found: nothing"),
         (["adapter_config.json", "model.safetensors"], "found: adapter_config.json, model.safetensors"),
         (["adapter_model.safetensors"], "found: adapter_model.safetensors"),
-        (["adapter_config.json", "adapter_model.bin"], "found: adapter_config.json, adapter_model.bin"),
     ],
 )
 def test_a_folder_without_an_adapter_is_refused(tmp_path, files, told):

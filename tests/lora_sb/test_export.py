@@ -258,6 +258,21 @@ def test_alpha_is_the_rank_in_every_layer(kind, rank, tmp_path):
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
+def test_tokenizer_templates_and_license_go_along(tmp_path):
+    """Without them an adapter with new tokens, or with a template of its own, cannot be used."""
+    native = saved(build("llama"), tmp_path)
+    tiny.tokenizer().save_pretrained(native)
+    (native / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tools.jinja", "LICENSE", "spiece.model", "notes.md", "trainer_state.json"):
+        (native / name).write_text("x")
+    export_lora(native, tmp_path / "out")
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {
+        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "LICENSE"),
+        *("chat_template.jinja", "additional_chat_templates/tools.jinja", "spiece.model"),
+    }
+
+
 def test_a_regex_stays_a_regex(tmp_path):
     export_lora(build("regex"), tmp_path)
     assert adapter(tmp_path)[0]["target_modules"] == KINDS["regex"][1]["target_modules"]

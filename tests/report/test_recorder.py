@@ -817,7 +817,7 @@ def test_secrets_and_the_home_folder_stay_out(tmp_path, monkeypatch):
     assert "hub_token" not in record["arguments"]
     assert record["arguments"]["model_init_kwargs"] == {"token": "***", "attn_implementation": "eager"}
     assert record["arguments"]["run_name"] == "run hf_***"
-    assert (record["arguments"]["output_dir"], record["model"]) == ("~/run", "~")
+    assert (record["arguments"]["output_dir"], record["model"]) == ("…/run", "~")
     assert record["examples"] == [{**EXAMPLE, "prompt": "hf_***", "after": "see ~/run/x"}]
     assert record["nested"] == {"a": [{"password": "***"}]}
     assert trainer.args.hub_token == TOKEN
