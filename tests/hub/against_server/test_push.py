@@ -322,7 +322,7 @@ def test_a_whole_model_is_not_overwritten(server, tmp_path):
     assert "adapter_config.json" not in server.files("me/base")
 
 
-@pytest.mark.parametrize("where", ["run_record.json", "adapter_config.json", "tokenizer_config.json", "notes.txt"])
+@pytest.mark.parametrize("where", ["run_record.json", "adapter_config.json", "tokenizer_config.json", "LICENSE.txt"])
 @pytest.mark.parametrize("kind", ["token in use", "Hugging Face token", "value of .MY_SERVICE_KEY_TOKEN"])
 def test_secrets_are_refused(server, tmp_path, monkeypatch, where, kind):
     monkeypatch.setenv("MY_SERVICE_KEY_TOKEN", "correct-horse-battery")
@@ -332,7 +332,7 @@ def test_secrets_are_refused(server, tmp_path, monkeypatch, where, kind):
     }.get(kind, "correct-horse-battery")
     folder = saved_adapters.lora(tmp_path)
     path = folder / where
-    if where == "notes.txt":
+    if where == "LICENSE.txt":
         path.write_text(f"my note: {secret}\n")
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": None, "comment": secret}))
