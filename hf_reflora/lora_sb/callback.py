@@ -18,7 +18,7 @@ from .initialize import LossFunction, initialize_lora_sb_weights
 from .model import restore_float32
 from .samples import draw_samples
 from .subspace import UPDATES
-from .targets import adapter_layers, is_initialized, missing_peft_model
+from .targets import adapter_layers, is_initialized, is_trainable, missing_peft_model
 
 
 logger = logging.get_logger(__name__)
@@ -87,7 +87,12 @@ class LoraSbCallback(TrainerCallback):
         check_backend("LoRA-SB's initialization")
         if not isinstance(model, PeftModel):
             raise ValueError(f"LoraSbCallback initializes the adapter of a PeftModel; {missing_peft_model(model)}")
-        adapter_layers(model, self.adapter_name)
+        layers = adapter_layers(model, self.adapter_name)
+        if not any(is_trainable(layer, self.adapter_name) for layer in layers.values()):
+            raise ValueError(
+                f"The adapter {self.adapter_name!r} is frozen, so training would leave it as it is. Load it with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or call model.set_adapter."
+            )
         loss_type = getattr(args, "loss_type", "nll")  # an argument of TRL's; nll and chunked_nll are the same loss
         if self.forward_fn is None and (args.label_smoothing_factor or loss_type not in ("nll", "chunked_nll")):
             raise ValueError(

@@ -68,9 +68,10 @@ class LoraSbLayer(BaseTunerLayer):
         self.scaling[adapter_name] = config.scaling
         dropout = nn.Dropout(config.lorasb_dropout) if config.lorasb_dropout else nn.Identity()
         self.lorasb_dropout.update({adapter_name: dropout})
-        self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r))
-        self.lorasb_A[adapter_name] = torch.zeros(r, self.in_features)
-        self.lorasb_B[adapter_name] = torch.zeros(self.out_features, r)
+        # Not in torch.get_default_dtype(), which may be bfloat16: torch has no QR decomposition in it, for one thing.
+        self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, dtype=torch.float32))
+        self.lorasb_A[adapter_name] = torch.zeros(r, self.in_features, dtype=torch.float32)
+        self.lorasb_B[adapter_name] = torch.zeros(self.out_features, r, dtype=torch.float32)
         # On the meta device (low_cpu_mem_usage=True) there is nothing to compute: the checkpoint brings R, A and B.
         if self.lorasb_R[adapter_name].device.type != "meta":
             if self.merged:
@@ -89,9 +90,10 @@ class LoraSbLayer(BaseTunerLayer):
             U, S, V = truncated_svd(self.dequantized_weight(), r)
             self.set_factors(adapter_name, U * S, torch.zeros(r, r), V.T)
             return
-        B = torch.linalg.qr(torch.randn(self.out_features, r)).Q
-        A = torch.linalg.qr(torch.randn(self.in_features, r)).Q.T
-        self.set_factors(adapter_name, B, torch.zeros(r, r) if init_weights else torch.randn(r, r) / r**0.5, A)
+        B = torch.linalg.qr(torch.randn(self.out_features, r, dtype=torch.float32)).Q
+        A = torch.linalg.qr(torch.randn(self.in_features, r, dtype=torch.float32)).Q.T
+        R = torch.zeros(r, r) if init_weights else torch.randn(r, r, dtype=torch.float32) / r**0.5
+        self.set_factors(adapter_name, B, R, A)
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, B: Tensor, R: Tensor, A: Tensor) -> None:

@@ -8,13 +8,13 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..distributed.backend import check_backend, unwrap_optimizer
+from ..distributed.backend import check_backend, is_deepspeed, unwrap_optimizer
 from .factors import lora_layers, require_pairs
 from .optimizer import STEP_KEY
 from .optimizer_support import check_optim, check_optimizer, check_rescaling
 from .settings import RefLora, shows_settings
 from .step import choose_step
-from .step_plain import PlainStep
+from .step_plain import PlainStep, held_pairs
 
 
 def _optimizer_of(args: TrainingArguments, optimizer: Optimizer | None) -> tuple[type[Optimizer], dict[str, Any]]:
@@ -26,6 +26,17 @@ def _optimizer_of(args: TrainingArguments, optimizer: Optimizer | None) -> tuple
         return Trainer.get_optimizer_cls_and_kwargs(args)
     except Exception:  # a package is missing, or it needs the model: training says so when it begins
         return SGD, {}
+
+
+def _check_holds_pairs(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises a ValueError if the optimizer would change none of the trainable pairs."""
+    pairs = require_pairs(model)
+    if not held_pairs(pairs, optimizer):
+        raise ValueError(
+            f"RefLoRA looked for the model's {len(pairs)} trainable LoRA pairs in the optimizer, which has none of "
+            "them, so training would leave them as they are. A Trainer makes its optimizer once and keeps it when "
+            "train() is called again: after set_adapter make a new Trainer."
+        )
 
 
 # The callback of each optimizer that trains. Both are held weakly: a trainer that is dropped leaves nothing behind.
@@ -61,8 +72,8 @@ class RefLoraCallback(TrainerCallback):
 
     Raises:
         ValueError: at construction for a value out of range; when training starts, if there is no trainable LoRA pair,
-            the optimizer needs a closure or steps inside the backward pass, the trainer has a second RefLoraCallback,
-            or the backend is not supported.
+            the optimizer has none of the pairs, needs a closure or steps inside the backward pass, the trainer has a
+            second RefLoraCallback, or the backend is not supported.
             `RefLoraTrainer`, `RefLoraSFTTrainer` and `RefLoraDPOTrainer` raise the latter at construction.
         NotImplementedError: when training starts, for RefLoRA-S as rescaling with 16-bit factors under ZeRO-0 (use
             `form="precondition"`), and for factors that are sharded otherwise than by FSDP2's rows.
@@ -94,6 +105,8 @@ class RefLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.check(args, model, optimizer)
+        if not is_deepspeed():  # which puts partitions of its own into the optimizer
+            _check_holds_pairs(unwrap_optimizer(optimizer), model)
         self._claim(unwrap_optimizer(optimizer))
         # The step object is chosen here and not at construction: FSDP2 and DeepSpeed replace the parameters and their
         # storage when the Trainer prepares the model, which comes shortly before this event.

@@ -88,13 +88,30 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
     Raises:
         ValueError: A trainable pair is of a variant whose update is not B @ A, or shares one factor with another.
     """
+    return _pairs_of(layers, lambda factor: factor.requires_grad)
+
+
+def pairs_to_step(layers: dict[str, LoraLayer]) -> list[LoraPair]:
+    """The pairs that an optimizer's step can change: `trainable_pairs`, and those that still have gradients.
+
+    A loss of several adapters is computed with `set_adapter` between them, which freezes the one that has its
+    gradients already. An optimizer looks at gradients, not at `requires_grad`, and updates that adapter, too.
+
+    Raises:
+        ValueError: as `trainable_pairs`.
+    """
+    return _pairs_of(layers, lambda factor: factor.requires_grad or factor.grad is not None)
+
+
+def _pairs_of(layers: dict[str, LoraLayer], counts: Callable[[nn.Parameter], bool]) -> list[LoraPair]:
+    """The pairs of `layers` both of whose factors count."""
     pairs: list[LoraPair] = []
     seen: set[tuple[int, int]] = set()
     factors: set[int] = set()
     for name, layer in layers.items():
         for adapter in layer.r:
             A, B = _factors(layer, adapter)
-            if not (A.requires_grad and B.requires_grad) or (id(A), id(B)) in seen:
+            if not (counts(A) and counts(B)) or (id(A), id(B)) in seen:
                 continue  # frozen, or tied to a layer that came earlier
             if not factors.isdisjoint((id(A), id(B))):
                 raise ValueError(

@@ -190,7 +190,7 @@ class RunRecord:
     @property
     def evaluation_rows(self) -> int:
         """The number of rows that the scores are of, 0 if it is not known."""
-        return self.scores.get("rows", 0)
+        return self.scores.get("rows") or 0
 
     @property
     def evaluation_split(self) -> str | None:

@@ -77,6 +77,7 @@ class RunRecordCallback(TrainerCallback):
         self._state: Any = None
         self._begin: float | None = None  # time.monotonic() when training began, None while nothing trains
         self._saved_step: int | None = None  # of the last checkpoint that has its record
+        self._rows_of: dict[tuple[str, str], int] = {}  # the number of rows of each score, by ("after", its name)
 
     def update(self, **entries: Any) -> None:
         """Adds results that the trainer does not compute itself; dictionaries are merged. See `RunRecord.update`."""
@@ -210,7 +211,12 @@ class RunRecordCallback(TrainerCallback):
         }
         # An adapter that changes nothing yet leaves the base model as it is, so its scores are the base model's.
         when = "before" if step == 0 and not _changes_outputs(self._model) else "after"
-        self.record.update(scores={when: scores, **({"rows": len(rows)} if hasattr(rows, "__len__") else {})})
+        self.record.update(scores={when: scores})
+        if hasattr(rows, "__len__"):
+            self._rows_of |= dict.fromkeys(((when, name) for name in scores), len(rows))
+            # Scores of evaluation sets of several sizes have no one number of rows that a card could give.
+            counts = set(self._rows_of.values())
+            self.record.update(scores={"rows": len(rows) if len(counts) == 1 else None})
 
     def on_save(self, args, state, control, **kwargs):
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
@@ -226,9 +232,11 @@ class RunRecordCallback(TrainerCallback):
             if args.load_best_model_at_end and state.best_global_step and self._is_best(state):
                 # The Trainer has loaded the best checkpoint, so step and scores must be those of that checkpoint.
                 self.record.replace(step=state.best_global_step)
-                best = [e for e in state.log_history if e.get("step") == state.best_global_step and "eval_loss" in e]
-                if best:
-                    self._note_scores(best[-1], state.global_step)
+                # One entry for each evaluation set, whose metrics are called "eval_<set>_loss" if there are several.
+                best = [e for e in state.log_history if e.get("step") == state.best_global_step]
+                metrics = {name: value for e in best for name, value in e.items() if name.startswith("eval_")}
+                if metrics:
+                    self._note_scores(metrics, state.global_step)
             # A trial of a hyperparameter search leaves no weights in output_dir, only in its checkpoints.
             if not state.is_hyper_param_search:
                 self.write_together(args.output_dir)

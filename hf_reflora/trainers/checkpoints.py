@@ -95,6 +95,20 @@ def check_adapter(checkpoint: str | os.PathLike, model: nn.Module) -> None:
             )
 
 
+def check_state(checkpoint: str | os.PathLike) -> None:
+    """Raises a ValueError if a checkpoint has the adapter only, because it was saved with `save_only_model=True`.
+
+    A Trainer would go on with moments of 0 and a learning rate from the start of the schedule, and say nothing.
+    """
+    # The random states are what every backend saves under this name; the optimizer's state has many.
+    if not any(Path(checkpoint).glob("rng_state*.pth")):
+        raise ValueError(
+            f"{checkpoint} has the adapter, but neither the optimizer's state nor random states: it was saved with "
+            "save_only_model=True, and training cannot go on from there. Load the adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True) and start a new training, in another output_dir."
+        )
+
+
 def _text(value: Any) -> str:
     # A configuration has sets where its file has lists, and the type is an Enum.
     return str(sorted(value, key=str) if isinstance(value, set | list | tuple) else getattr(value, "value", value))

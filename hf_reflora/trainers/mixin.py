@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from ..report.plot import plot
 from ..report.record import RunRecord
 from ..report.recorder import RunRecordCallback, dataset_facts
 from .background_push import BackgroundPushes
-from .checkpoints import begin_checkpoint, check_adapter, checkpoint_to_resume, rotate
+from .checkpoints import begin_checkpoint, check_adapter, check_state, checkpoint_to_resume, rotate
 
 
 # A type checker must know whose methods the mixin calls; at run time the Trainer comes from the list of bases.
@@ -50,12 +51,14 @@ class AdapterTrainerMixin(_Base):
       `output_dir` that is complete, on several processes the last that is complete for all of them. Where there is
       none yet, training starts from the beginning, and says so. See `hf_reflora.trainers.checkpoints`;
     - a run that was killed after its last step takes no further step;
+    - a stream that ended and was read again goes on in the right pass of it;
+    - an adapter in 16 bits stays so, where PEFT would load it in float32;
     - `save_total_limit` counts complete checkpoints only, and incomplete ones are removed with the surplus.
 
     Publishing:
 
-    - a `RunRecordCallback` is added, unless one is in `callbacks`. Each save of the model into `output_dir` writes its
-      record, a plot and a card beside it;
+    - a `RunRecordCallback` is added, unless one is in `callbacks`. Each save of the model writes its record beside it,
+      one into `output_dir` also a plot and a card;
     - everything is pushed by `hf_reflora.hub.adapter`: in one commit, tried again until it is there, without
       `training_args.bin`, a LoRA-SB adapter as an ordinary LoRA. With `push_to_hub=True` token, name and permission
       are checked when the trainer is made. Pushes in the background follow `hub_strategy`; what failed of them is
@@ -63,9 +66,9 @@ class AdapterTrainerMixin(_Base):
     - `hub_token` is not in the `training_args.bin` that it saves.
 
     Raises:
-        ValueError: by `train`, for the path of a checkpoint that is not complete, or a checkpoint of another adapter
-            than the model's; or where other processes see the
-            complete checkpoints in `output_dir` and this one does not.
+        ValueError: by `train`, for the path of a checkpoint that is not complete, for a checkpoint of another adapter
+            than the model's or of `save_only_model=True`; or where other processes see the complete checkpoints in
+            `output_dir` and this one does not.
 
     Example:
         >>> class MyTrainer(AdapterTrainerMixin, DPOTrainer): ...
@@ -99,12 +102,32 @@ class AdapterTrainerMixin(_Base):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         if isinstance(checkpoint, str | os.PathLike):
             check_adapter(checkpoint, self.model)
+            check_state(checkpoint)
             self.run_record.resumed_from = checkpoint
         output = super().train(checkpoint, *args, **kwargs)
         # Only the main process pushes, and all processes have to save before it can push again.
         if any(gather_object([self._pushes.error is not None])):
             self.push_to_hub(commit_message="Training finished")
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        # PEFT makes adapters in 16 bits float32 when it loads them. TRL's for quantized models are bfloat16, and a
+        # resumed run has to go on in the dtype of the unbroken one.
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def _init_training_state(self, max_steps, steps_in_epoch, num_train_epochs, *args, **kwargs) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, steps_in_epoch, num_train_epochs, *args, **kwargs)
+        # A stream has no length. transformers then takes all steps for one epoch of many, and skips as many batches
+        # as were trained. A stream that ends earlier was read several times, and the checkpoint's epoch says how far:
+        # n.25 is a quarter of all batches into pass n.
+        if num_train_epochs == sys.maxsize and batches and self.state.epoch:
+            epochs = int(self.state.epoch)
+            batches = round((self.state.epoch - epochs) * max_steps * self.args.gradient_accumulation_steps)
+        return epochs, batches
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed from the checkpoint of its last step, a Trainer would take one step more.
@@ -162,6 +185,10 @@ class AdapterTrainerMixin(_Base):
         elif is_output_dir:
             # After super(), because PEFT rewrites README.md when it saves the adapter.
             self._describe_output_dir(self.run_record.write_together)
+        else:
+            folder = output_dir or self.args.output_dir
+            with log_errors(f"The run record of {folder} could not be written"):
+                self.run_record.write_together(folder)
         if pushes:
             self.push_to_hub(commit_message="Model save")
 

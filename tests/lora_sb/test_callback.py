@@ -609,6 +609,18 @@ def test_models_that_cannot_be_initialized(tmp_path, make, match):
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize("kind", ["lora_sb", "lora"])
+def test_a_frozen_adapter_is_refused(tmp_path, kind):
+    """Such as PeftModel.from_pretrained loads it; a head that is trained beside it would hide that it is not."""
+    adapted(kind, modules_to_save=["lm_head"]).save_pretrained(tmp_path / "saved")
+    model = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
+    model.base_model.model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"The adapter 'default' is frozen.*is_trainable=True"):
+        make_trainer(tmp_path, cls=LoraSbSFTTrainer, model=model)
+    with pytest.raises(ValueError, match=r"The adapter 'default' is frozen.*is_trainable=True"):
+        make_trainer(tmp_path, model=model).train()
+
+
 @pytest.mark.parametrize("second", [LoraSbCallback, LoraSbCallback()], ids=["class", "instance"])
 def test_a_second_callback_is_refused(tmp_path, second):
     with pytest.raises(ValueError, match=r"Pass it as lora_sb=LoraSbCallback\(...\)"):

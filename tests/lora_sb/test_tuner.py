@@ -329,6 +329,18 @@ def test_even_requires_grad_of_everything_leaves_A_and_B_frozen():
     assert not any(buffer.requires_grad for buffer in model.buffers())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("init_weights", ["lora_sb", "lora_xs", True, False])
+def test_adapters_are_float32_whatever_the_default_dtype(init_weights, dtype):
+    model = mlp()
+    torch.set_default_dtype(dtype)
+    try:
+        model = get_peft_model(model, LoraSbConfig(r=3, target_modules=["0", "2"], init_weights=init_weights))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for name, t in model.state_dict().items() if "lorasb" in name} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["to", "method", "to device and dtype"])
 def test_R_stays_float32_under_a_cast(how, dtype):

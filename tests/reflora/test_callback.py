@@ -157,6 +157,18 @@ def test_two_calls_of_train(tmp_path, method):
     tiny.assert_same(tiny.trainable(trainer.model), run_by_hand(settings, train_calls=2), rtol=1e-4, atol=5e-6)
 
 
+def test_an_optimizer_without_the_pairs_is_refused(tmp_path):
+    """A Trainer keeps its optimizer, so a second train() would leave an adapter that became active later as it is."""
+    model = tiny.lora(tiny.llama())
+    model.add_adapter("other", model.peft_config["default"])
+    trainer = make_trainer(tmp_path, [RefLoraCallback()], model=model)
+    trainer.train()
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"4 trainable LoRA pairs in the optimizer, which has none.*a new Trainer"):
+        trainer.train()
+    make_trainer(tmp_path, [RefLoraCallback()], model=model).train()
+
+
 def test_callback_and_optimizer_together_are_refused(tmp_path):
     model = tiny.lora(tiny.llama())
     optimizer = create_reflora_optimizer(model, torch.optim.AdamW, lr=0.01)

@@ -203,6 +203,34 @@ def test_follows_set_adapter(method, form, smoothness):
 
 
 @pytest.mark.parametrize(("method", "form"), METHODS)
+def test_an_adapter_that_is_frozen_after_its_backward_pass(method, form):
+    """A loss of two adapters is computed with `set_adapter` between them; the optimizer's step changes both."""
+    names, results = ("default", "other"), []
+    for by_hand in (False, True):
+        model = tiny.lora(tiny.mlp())
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "2"]))
+        tiny.fill_B(model, seed=5)
+        model.base_model.set_adapter(list(names))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        pairs = [pair for name in names for pair in tiny.linear_pairs(model, name)]
+        settings = {"method": method, "form": form}
+        optimizer = SGD(trained.values(), 0.1) if by_hand else create_reflora_optimizer(model, SGD, lr=0.1, **settings)
+        for step in range(3):
+            optimizer.zero_grad()
+            for name in names:
+                model.set_adapter(name)
+                tiny.mlp_loss(model, step).backward()
+            if by_hand and form == "precondition":
+                tiny.precondition_by_hand(pairs, method)
+            optimizer.step()
+            if by_hand and form == "rescale":
+                tiny.rescale_by_hand(pairs, lambda parameter: [])
+        results.append({name: p.detach() for name, p in trained.items()})
+    assert len(pairs) == 4
+    tiny.assert_same(*results, **CLOSE)
+
+
+@pytest.mark.parametrize(("method", "form"), METHODS)
 @pytest.mark.parametrize("smoothness", [None, 5.0])
 def test_pairs_that_are_not_the_optimizers_are_left_alone(method, form, smoothness):
     """After a switch to an adapter that the optimizer does not hold, its step changes nothing."""

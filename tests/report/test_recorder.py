@@ -480,10 +480,12 @@ def test_several_evaluation_datasets_keep_their_names(tmp_path):
     data = {name: tiny.token_dataset(n, labels=False) for name, n in (("a", 4), ("b", 6))}
     trainer = make(tmp_path, eval_data=data)
     found = trainer.evaluate()
-    scores = trainer.run_record.record.scores["before"]
-    assert {name: scores[name] for name in ("a_loss", "b_loss")} == {
+    record = trainer.run_record.record
+    assert {name: record.before[name] for name in ("a_loss", "b_loss")} == {
         name: found[f"eval_{name}"] for name in ("a_loss", "b_loss")
     }
+    assert record.evaluation_rows == 0  # neither 4 nor 6: a card would give one number for all scores
+    assert "evaluation rows" not in render(record)
 
 
 def test_own_results_are_merged(tmp_path):
@@ -530,6 +532,21 @@ def test_the_best_model_has_its_step_and_its_scores(tmp_path, kind, step):
         assert {k: v for k, v in read(tmp_path).items() if k not in ("peak_memory_gb", "card")} == {
             k: v for k, v in record.items() if k not in ("peak_memory_gb", "card")
         }
+
+
+def test_the_best_model_has_its_scores_on_several_evaluation_datasets(tmp_path):
+    """Of the step whose weights were loaded, not of the last one."""
+    data = {name: tiny.token_dataset(n, labels=False) for name, n in (("a", 4), ("b", 6))}
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    steps |= {"load_best_model_at_end": True, "metric_for_best_model": "wish", "greater_is_better": True}
+    trainer = make(tmp_path, eval_data=data, more={"callbacks": [BestAt(2)]}, **steps)
+    trainer.train()
+    scores = read(tmp_path)["scores"]
+    found = trainer.evaluate()
+    for name in ("a_loss", "b_loss"):
+        assert scores["after"][name] == pytest.approx(found[f"eval_{name}"], abs=1e-6)
+        [row] = [row for row in trainer.state.log_history if row["step"] == 6 and f"eval_{name}" in row][:1]
+        assert scores["after"][name] != pytest.approx(row[f"eval_{name}"], abs=1e-6)
 
 
 def test_the_step_is_no_score_of_the_best_model(tmp_path):
@@ -953,6 +970,19 @@ def test_saving_elsewhere_leaves_the_card_alone(tmp_path):
     trainer.save_model(str(tmp_path / "other"))
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
+
+
+def test_a_save_elsewhere_has_its_record(tmp_path):
+    """Also over an older adapter with its record, such as in a checkpoint."""
+    trainer = make(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    for folder in ("other", "checkpoint-2"):
+        trainer.save_model(str(tmp_path / folder))
+        assert (
+            read(tmp_path / folder)["diagnostics"]
+            == found_in(tmp_path / folder)
+            == found_in(tmp_path / "checkpoint-4")
+        )
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -15,9 +15,10 @@ import tiny_trainer
 import torch
 from kill_runs import METHODS, STEPS, Run
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer
 from trl import SFTConfig
 
-from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer, last_checkpoint
+from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer, RefLoraTrainer, last_checkpoint
 from hf_reflora.report.card import render
 from hf_reflora.report.record import RunRecord
 from hf_reflora.trainers import checkpoints
@@ -72,6 +73,51 @@ def test_checkpoints_of_the_same_adapter_are_resumed(tmp_path, name):
         trainer = tiny_trainer.build(tmp_path, RefLoraSFTTrainer, model, **changes)
         trainer.train(resume_from_checkpoint=steps == 6)
     assert trainer.state.global_step == 6
+
+
+def test_checkpoints_without_the_optimizer_are_refused(tmp_path):
+    """transformers would go on with new moments and the first learning rate."""
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    tiny_trainer.build(tmp_path, RefLoraSFTTrainer, save_only_model=True, **changes).train()
+    trainer = tiny_trainer.build(tmp_path, RefLoraSFTTrainer, max_steps=6, **changes)
+    before = tiny.trainable(trainer.model)
+    for asked in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(ValueError, match=r"checkpoint-\d has .*neither the optimizer's.*save_only_model"):
+            trainer.train(resume_from_checkpoint=asked)
+    tiny.assert_same(tiny.trainable(trainer.model), before)
+
+
+@pytest.mark.skipif(not hasattr(Trainer, "_init_training_state"), reason="transformers has no such method yet")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+def test_a_stream_that_is_read_several_times(tmp_path, step, accumulation):
+    """It has 4 batches, and 7 steps of 1 or 2 of them end in its second or fourth pass."""
+    changes = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulation}
+    data = tiny.token_dataset(8).to_iterable_dataset()
+    unbroken = tiny_trainer.build(tmp_path, RefLoraTrainer, data=data, **changes)
+    unbroken.train()
+    resumed = tiny_trainer.build(tmp_path, RefLoraTrainer, data=data, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert [row.get("loss") for row in resumed.state.log_history[:-1]] == [
+        row.get("loss") for row in unbroken.state.log_history[:-1]
+    ]
+    tiny.assert_same(tiny.trainable(resumed.model), tiny.trainable(unbroken.model))
+
+
+def test_a_resumed_run_keeps_the_dtype_of_the_adapter(tmp_path):
+    """PEFT loads every adapter in float32."""
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    models = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(tiny.llama().bfloat16(), config, autocast_adapter_dtype=False)
+        tiny.fill_B(model)
+        trainer = tiny_trainer.build(tmp_path, RefLoraTrainer, model, **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        models.append(tiny.trainable(model))
+    assert {value.dtype for value in models[1].values()} == {torch.bfloat16}
+    tiny.assert_same(models[1], models[0])
 
 
 @pytest.fixture(scope="module")
