@@ -8,6 +8,7 @@ for each task. What has not been run yet is named.
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -47,9 +48,9 @@ def section(task: str) -> str:
     if not outcomes:
         lines.append("Not run yet.")
     else:
-        tried = [method for method in sweep.rows if any(o.method == method.name for o in outcomes)]
-        sentences = [s for s in warnings(sweep, outcomes) if any(method.name in s for method in tried)]
-        lines += [f"- {sentence}" for sentence in [*sentences, *missing(sweep, outcomes)]]
+        tried = {name: own for name, own in sweep.methods.items() if any(o.method == name for o in outcomes)}
+        sentences = [*warnings(replace(sweep, methods=tried), outcomes), *missing(sweep, outcomes)]
+        lines += [f"- {sentence}" for sentence in sentences]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -20,13 +20,14 @@ def check_runs(sweep: Sweep) -> None:
     """
     if sweep.recipe not in RECIPES:
         return
-    parser = importlib.import_module(f"hf_reflora.recipes.{sweep.recipe}").make_parser()
+    recipe = importlib.import_module(f"hf_reflora.recipes.{sweep.recipe}")
     with tempfile.TemporaryDirectory() as folder:
         for run in _every_option(sweep):
             path = Path(folder, "options.yaml")
             path.write_text(yaml.safe_dump(run.options), encoding="utf-8")
             try:
-                Options(*parser.parse_args_and_config(["--config", str(path)]))
+                # A parser for each run, because TrlParser keeps what it reads in a file as its defaults.
+                Options(*recipe.make_parser().parse_args_and_config(["--config", str(path)]))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"The run {run} cannot be made: {error}") from error
 

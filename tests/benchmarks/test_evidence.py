@@ -49,11 +49,12 @@ def test_every_record_tells_where_its_numbers_come_from(task):
 
 @pytest.mark.parametrize("task", page.TASKS)
 def test_the_options_of_every_run_are_the_recipes(task, tmp_path):
-    if read_sweep(EVIDENCE / f"{task}.yaml").recipe.endswith("train_sft.py"):
-        parser = RecipeParser(SFTConfig, train_sft.EvidenceArguments)
-    else:
-        parser = RecipeParser(TrainingArguments, train_classify.EvidenceArguments, lora_task_type="SEQ_CLS")
-    for run in read_sweep(EVIDENCE / f"{task}.yaml").grid_runs():
+    sweep = read_sweep(EVIDENCE / f"{task}.yaml")
+    for run in sweep.grid_runs():
+        if sweep.recipe.endswith("train_sft.py"):
+            parser = RecipeParser(SFTConfig, train_sft.EvidenceArguments)
+        else:
+            parser = RecipeParser(TrainingArguments, train_classify.EvidenceArguments, lora_task_type="SEQ_CLS")
         (tmp_path / "options.yaml").write_text(yaml.safe_dump(run.options), encoding="utf-8")
         groups = parser.parse_args_and_config(["--config", str(tmp_path / "options.yaml")])
         assert rivals.RivalOptions(*groups).recipe.optimizer in rivals.OPTIMIZERS

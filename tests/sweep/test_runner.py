@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hf_reflora.sweep import command
+from hf_reflora.sweep import checks, command
 from hf_reflora.sweep.outcomes import read_outcomes
 from hf_reflora.sweep.plan import Sweep
 from hf_reflora.sweep.runner import Runner
@@ -170,6 +170,12 @@ def test_options_that_the_recipe_does_not_take_are_found_before_any_run(tmp_path
             "sft --config smollm2-135m/lora --eval_strategy epoch --lerning_rate 1e-3 --grid method=lora".split()
         )
     assert not (tmp_path / "runs").exists()
+
+
+def test_options_of_one_run_are_not_those_of_the_next():
+    """TrlParser keeps what it has read: RefLoRA's warm-up would be an error for LoRA."""
+    methods = {"RefLoRA": {"method": "reflora", "reflora_warmup_steps": 3}, "LoRA": {"method": "lora"}}
+    checks.check_runs(Sweep("sft", "smollm2-135m/lora", options={"eval_strategy": "epoch"}, methods=methods))
 
 
 @pytest.mark.slow
