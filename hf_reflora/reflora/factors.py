@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -160,6 +161,10 @@ def require_pairs(model: nn.Module) -> list[LoraPair]:
     if others:
         names = ", ".join(sorted(f"{cls.__module__}.{cls.__name__}" for cls in others))
         raise ValueError(f"{looked}. The adapter layers of this model are others: {names}. Pass a LoraConfig.")
+    configs = getattr(model, "peft_config", None)  # of prompt tuning, which has no layers
+    if isinstance(model, PeftModel) and configs:
+        names = ", ".join(sorted({type(config).__name__ for config in configs.values()}))
+        raise ValueError(f"{looked}. The adapter of this model is made by {names}. Pass a LoraConfig.")
     raise ValueError(
         f"{looked}. {type(model).__name__} has no adapter; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
         "or pass peft_config=LoraConfig(...) to the trainer."

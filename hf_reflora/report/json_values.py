@@ -1,6 +1,7 @@
 """Values of Python and torch as JSON has them, so that no setting of a run is a reason not to record the run."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import PurePath
@@ -12,6 +13,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 LONGEST = 200  # characters of a value that JSON does not know; a model would print itself on many pages
+
+ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")  # in memory, by which Python names what has no text of its own
 
 
 def jsonable(value: Any) -> Any:
@@ -75,7 +78,7 @@ def _text(value: Any) -> str:
         return f"{named.__module__}.{named.__qualname__}"
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
-    if type(value).__repr__ is object.__repr__ and type(value).__str__ is object.__str__:
-        return f"{type(value).__module__}.{type(value).__qualname__}"
     text = str(value)
+    if ADDRESS.search(text):
+        return f"{type(value).__module__}.{type(value).__qualname__}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

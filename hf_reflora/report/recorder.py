@@ -168,9 +168,12 @@ class RunRecordCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if not isinstance(model, PeftModel):
             raise ValueError(f"RunRecordCallback records the adapter of a PeftModel; {missing_peft_model(model)}")
-        self._begin, self._saved_step = time.monotonic(), None
         with log_errors("The run record could not be begun"):
+            self._end_aborted_run()
             self._observe(args, state, model)
+            if args.auto_find_batch_size:  # the arguments keep the size that it began with
+                found = state.train_batch_size // max(1, args.n_gpu)
+                self._describe(arguments=self.record.arguments | {"per_device_train_batch_size": found})
             self.record.fill(tags=list(getattr(model, "model_tags", None) or []))
             self.record.fill(**dataset_facts(getattr(train_dataloader, "dataset", None)))
             if state.global_step > 0:
@@ -183,6 +186,20 @@ class RunRecordCallback(TrainerCallback):
                 **{name: facts[name] for name in ("commit", "versions") if name in facts},
             }
             self.record.replace(runs=[*self.record.runs, run])
+        self._begin, self._saved_step = time.monotonic(), None
+
+    def _end_aborted_run(self) -> None:
+        """Notes how far a training came that ended with an error; one without a step was none.
+
+        `auto_find_batch_size` begins again and again until the batch fits the memory.
+        """
+        if self._begin is None:
+            return
+        *earlier, run = self.record.runs
+        if self._state.global_step > run["from_step"]:
+            self._refresh()
+        elif "to_step" not in run:
+            self.record.replace(runs=earlier)
 
     def _resume(self, args, state) -> None:
         # A callback is not told which checkpoint train() was given. The trainers of hf_reflora set resumed_from;

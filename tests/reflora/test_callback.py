@@ -8,7 +8,7 @@ import tiny_trainer
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from peft import LoraConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
@@ -192,6 +192,10 @@ def test_closure_optimizers_are_refused(tmp_path):
         (
             lambda: get_peft_model(tiny.llama(), VeraConfig(r=2, target_modules=["q_proj"])),
             r"layers of this model are others: peft\.tuners\.vera\.layer\.Linear\. Pass a LoraConfig",
+        ),
+        (
+            lambda: get_peft_model(tiny.llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")),
+            "adapter of this model is made by PromptTuningConfig. Pass a LoraConfig",
         ),
         (
             lambda: get_peft_model(tiny.llama(), LoraSbConfig(target_modules=["q_proj"], init_weights=True)),

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import functools
 import json
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -54,6 +55,7 @@ VALUES = [
     ({1: 2, Colour.RED: 3, "a": torch.float16}, {"1": 3, "a": "float16"}),
     (Options(16, Path("x")), {"rank": 16, "path": "x"}),
     (object(), "builtins.object"),
+    (threading.Lock(), "_thread.lock"),
     (complex(1, 2), "(1+2j)"),
     (None, None),
     (True, True),

@@ -804,6 +804,42 @@ def test_a_fresh_run_in_an_old_folder_starts_afresh(tmp_path, asked):
     assert (run["from_step"], run["to_step"]) == (0, 4)
 
 
+class Abort(TrainerCallback):
+    """Ends the first attempts at their step `at`."""
+
+    def __init__(self, error, at=0, times=1):
+        self.error, self.at, self.times = error, at, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at and self.times > 0:
+            self.times -= 1
+            raise self.error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attempts_of_auto_find_batch_size_are_no_runs(tmp_path, kind):
+    abort = Abort(torch.cuda.OutOfMemoryError("CUDA out of memory."), times=2)
+    changes = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    trainer = make(tmp_path, kind, more={"callbacks": [abort]}, **changes)
+    trainer.train()
+    record = read(tmp_path)
+    assert [(run["from_step"], run["to_step"]) for run in record["runs"]] == [(0, 4)]
+    assert record["arguments"]["per_device_train_batch_size"] == trainer.state.train_batch_size < 8
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_training_that_was_interrupted_and_begun_again(tmp_path, at):
+    """In a notebook: the weights have both trainings in them."""
+    trainer = make(tmp_path, more={"callbacks": [Abort(KeyboardInterrupt(), at)]})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    record = read(tmp_path)
+    runs = [(run["from_step"], run["to_step"]) for run in record["runs"]]
+    assert runs == ([(0, 3), (0, 4)] if at else [(0, 4)])
+    assert record["seconds"]["train"] == pytest.approx(sum(run["seconds"] for run in record["runs"]), abs=0.11)
+
+
 # What never reaches the file
 
 
