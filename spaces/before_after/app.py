@@ -20,7 +20,8 @@ import difflib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ ENGINE = Engine(BASE, ADAPTERS)
 RESULTS = {name: Results(source) for name, source in ADAPTERS.items()}
 SYSTEM_PROMPTS = {name: SYSTEM_PROMPT or results.system_prompt for name, results in RESULTS.items()}
 FIRST = next(iter(ADAPTERS))
+# One visitor at a time has the model, and one thread runs it.
+MODEL_IS_BUSY = asyncio.Lock()
+MODEL_THREAD = ThreadPoolExecutor(1, thread_name_prefix="model")
 
 
 def duration(prompt: str, adapter: str, settings: Settings, system: str) -> int:
@@ -123,22 +127,27 @@ async def compare(
         await asyncio.to_thread(ENGINE.encode_prompt, prompt, adapter, system)
     except CannotAnswer as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
-    # Asynchronous, so that whoever cancels need not wait for the next token: a second request to Gradio's /cancel
-    # while the first one waits would fail.
     stream, last_update = stream_answers(prompt, adapter, settings, system), float("-inf")
-    try:
-        while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, stream, None))
-            # Shielded: a thread cannot be cancelled, and closing the stream while it runs would raise an error.
-            if (latest := await asyncio.shield(step)) is None:
-                break
-            outputs = latest
-            if time.monotonic() - last_update >= SECONDS_BETWEEN_UPDATES:
-                yield *outputs, NO_DIFFERENCES_YET
-                last_update = time.monotonic()
-        yield *outputs, differences(*outputs[:2])
-    finally:
-        step.add_done_callback(lambda _: stream.close())
+    # Whoever waits for the model waits here, where it costs no thread: threads that wait for the engine's lock could
+    # be all that there are, and the visitor who has the lock would get none to go on with.
+    async with MODEL_IS_BUSY:
+        try:
+            # Asynchronous, so that whoever cancels need not wait for the next token: a second request to Gradio's
+            # /cancel while the first one waits would fail. Shielded, because a thread cannot be cancelled.
+            while (latest := await asyncio.shield(in_model_thread(next, stream, None))) is not None:
+                outputs = latest
+                if time.monotonic() - last_update >= SECONDS_BETWEEN_UPDATES:
+                    yield *outputs, NO_DIFFERENCES_YET
+                    last_update = time.monotonic()
+            yield *outputs, differences(*outputs[:2])
+        finally:
+            # After the step that may still be running; a generator cannot be closed while it runs.
+            await asyncio.shield(in_model_thread(stream.close))
+
+
+def in_model_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future:
+    """Calls `function` in the one thread that runs the model, after what was asked of it before."""
+    return asyncio.get_running_loop().run_in_executor(MODEL_THREAD, function, *arguments)
 
 
 def describe(answer: Answer) -> str:
@@ -283,7 +292,9 @@ def page() -> gr.Blocks:
     return blocks
 
 
-demo = page().queue(max_size=QUEUE_SIZE)
+# api_open: by default a page that is not on Hugging Face's hosts takes direct posts, which go past the queue and its
+# limits. Gradio's clients use the queue.
+demo = page().queue(max_size=QUEUE_SIZE, api_open=False)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,39 @@ def test_an_answer_may_be_cancelled_twice(space, client):
         assert time.monotonic() - begin < 10
 
 
+@pytest.mark.parametrize("posts", [8, 16, 32])
+def test_direct_posts_and_clients_that_vanish_hang_nothing(space, client, posts):
+    """Six such posts beside one answer on the page used to hang the server for good."""
+    body = {"data": ["Hello", "first", "", 4000, 0, 1, 0]}
+    event, (_, said) = join(space, client, f"posts{posts}", 4000)
+
+    def vanish(i):
+        request = urllib.request.Request(
+            f"{space.url}gradio_api/run/compare", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(request, timeout=0.5 + i % 3).read()
+
+    with ThreadPoolExecutor(posts) as pool:
+        list(pool.map(vanish, range(posts)))
+    assert post(space, "run/compare", **body)[0] == 404  # they would go past the queue
+    assert post(space, "cancel", **event, event_id=json.loads(said)["event_id"])[0] == 200
+    begin = time.monotonic()
+    assert client.predict("Hello", "first", "", 3, api_name="/compare")[0]
+    assert time.monotonic() - begin < 10
+
+
+def test_visitors_that_leave_the_queue_without_a_word_hang_nothing(space, client):
+    """Their answers are stopped, or go by."""
+    for _ in range(8):
+        visitor = gradio_client.Client(space.url, verbose=False)
+        visitor.submit("Hello", "first", "", 200, api_name="/compare")
+        del visitor
+    begin = time.monotonic()
+    assert client.predict("Hello", "first", "", 3, api_name="/compare")[0]
+    assert time.monotonic() - begin < 60
+
+
 def test_a_flood_is_refused_and_the_server_lives(space, client):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: join(space, client, f"flood{i}", 100)[1], range(40)))
