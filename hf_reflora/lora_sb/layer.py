@@ -117,8 +117,22 @@ class LoraSbLayer(BaseTunerLayer):
 
     def dequantized_weight(self) -> Tensor:
         """W0 as (out, in) and in a floating-point dtype, also where it is quantized or, as in Conv1D, (in, out)."""
-        weight = dequantize_module_weight(self.get_base_layer()).detach()
+        weight = self._readable_weight()
         return weight.T if self.fan_in_fan_out else weight
+
+    def _readable_weight(self) -> Tensor:
+        """W0 in a floating-point dtype of 16 bits or more and in the base layer's orientation.
+
+        Raises:
+            TypeError: The weight is quantized in a way that PEFT cannot undo.
+        """
+        weight = dequantize_module_weight(self.get_base_layer()).detach()
+        if not weight.is_floating_point() or weight.element_size() < 2:  # such as float8, whose scales are elsewhere
+            raise TypeError(
+                f"LoRA-SB needs the base weight itself for this, but it is stored as {weight.dtype}, from which PEFT "
+                "cannot compute it. Load the base model in bfloat16 or float32, or quantized by bitsandbytes."
+            )
+        return weight
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """s B R A in R's dtype and in the base weight's orientation: (out, in), or (in, out) in Conv1D."""
@@ -228,6 +242,7 @@ class Linear(nn.Module, LoraSbLayer):
 
         Raises:
             ValueError: with `safe_merge`, if the new weight is not finite.
+            TypeError: The base weight is quantized, but not by bitsandbytes.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lorasb_R:
@@ -249,12 +264,18 @@ class Linear(nn.Module, LoraSbLayer):
                 self._set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
 
     def _base_weight_plus(self, delta: Tensor) -> Tensor:
-        weight = dequantize_module_weight(self.get_base_layer()).detach()
+        weight = self._readable_weight()
         return (weight + delta.to(weight.device)).to(weight.dtype)
 
     def _set_base_weight(self, weight: Tensor) -> None:
         base = self.get_base_layer()
         kind = type(base.weight).__name__  # by name, so that bitsandbytes need not be installed
+        if type(base.weight).__module__.startswith("torchao."):
+            # Assigning `data` would change nothing, and only the user knows how the weight was quantized.
+            raise TypeError(
+                f"LoRA-SB cannot merge into a weight that torchao has quantized ({kind}). Load the base model without "
+                "quantization to merge, or keep the adapter apart."
+            )
         if kind not in ("Params4bit", "Int8Params"):
             base.weight.data = weight  # stays the same Parameter, which may be tied to another layer's
             return

@@ -28,7 +28,8 @@ def create_reflora_optimizer(
     The result is an `optimizer_cls` in every respect. Hooks around its `step` precondition the gradients of the LoRA
     pairs (Theorem 3) or rescale the pairs (Theorem 5). Other trainable parameters are updated as usual. The number of
     steps so far, which `warmup_steps` and `interval` count, is part of its `state_dict`. Clip gradients before `step`,
-    as usual, and with a GradScaler call `scaler.step(optimizer)`.
+    as usual, and with a GradScaler call `scaler.step(optimizer)`. torch copies no hooks, so what `copy.deepcopy` and
+    pickle make of the result is a plain `optimizer_cls`.
 
     With a Hugging Face Trainer use `RefLoraCallback`, which also follows the Trainer's step count and works under
     DeepSpeed. With FSDP2 create the optimizer after `fully_shard`, or let accelerate prepare both.

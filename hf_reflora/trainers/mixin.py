@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
+from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import logging
 
@@ -179,14 +180,15 @@ class AdapterTrainerMixin(_Base):
             return
         super().save_model(output_dir, _internal_call=True)
         # The weights come first: what describes them can fail, and a failure is only logged.
+        folder = output_dir or self.args.output_dir
+        is_adapter = isinstance(self.model, PeftModel)  # and not a merged model that somebody has put into the trainer
         if self._saving_checkpoint:
             # Before trainer_state.json, by which the checkpoint counts as complete.
-            self.run_record.write_checkpoint(output_dir or self.args.output_dir)
-        elif is_output_dir:
+            self.run_record.write_checkpoint(folder)
+        elif is_adapter and is_output_dir:
             # After super(), because PEFT rewrites README.md when it saves the adapter.
             self._describe_output_dir(self.run_record.write_together)
-        else:
-            folder = output_dir or self.args.output_dir
+        elif is_adapter:
             with log_errors(f"The run record of {folder} could not be written"):
                 self.run_record.write_together(folder)
         if pushes:

@@ -12,6 +12,7 @@ import pytest
 import reference_sb
 import tiny
 import torch
+from adapter_layers import truncation
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -327,6 +328,33 @@ def test_even_requires_grad_of_everything_leaves_A_and_B_frozen():
     assert names
     assert all("lorasb_R" in name for name in names)
     assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_torchaos_weights_are_not_merged_into():
+    """Nothing would change, without a word. Forward passes and the start from W0 work, and the model stays usable."""
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model := tiny.llama(hidden_size=64), quantization.Int8WeightOnlyConfig())
+    W = model.model.layers[0].self_attn.q_proj.weight.dequantize()
+    model = get_peft_model(model, LoraSbConfig(r=3, target_modules=["q_proj"], init_weights="lora_xs", **CAUSAL))
+    A, B = first(model).lorasb_A["default"], first(model).lorasb_B["default"]
+    torch.testing.assert_close(B @ A, truncation(W, 3).float(), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        first(model).lorasb_R["default"].fill_(0.5)
+    before = model(IDS).logits
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TypeError, match=r"a weight that torchao has quantized \(Int8Tensor\)"):
+            merge()
+    torch.testing.assert_close(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("what", ["lora_xs", "merge"])
+def test_weights_whose_scales_are_elsewhere_are_refused(what):
+    """Such as those of transformers' FP8Linear: SVD and sum would be of numbers that are no weight."""
+    model = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.to(torch.float8_e4m3fn), requires_grad=False)
+    config = {"r": 3, "target_modules": ["0"], "init_weights": what if what == "lora_xs" else True}
+    with pytest.raises(TypeError, match=r"stored as torch.float8_e4m3fn.*in bfloat16 or float32"):
+        get_peft_model(model, LoraSbConfig(**config)).merge_adapter()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -1008,6 +1008,21 @@ def test_saving_elsewhere_leaves_the_card_alone(tmp_path):
     assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("folder", [None, "merged"])
+def test_a_merged_model_in_the_trainer_has_no_record(tmp_path, folder):
+    """The record is one of the adapter, which is no longer what is saved."""
+    trainer = make(tmp_path)
+    trainer.train()
+    written = read(tmp_path)
+    trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(folder and str(tmp_path / folder))
+    path = tmp_path / (folder or "")
+    assert (path / "model.safetensors").is_file()
+    assert not (path / "README.md").exists()
+    assert (path / RECORD_NAME).exists() == (folder is None)
+    assert read(tmp_path) == written
+
+
 def test_a_save_elsewhere_has_its_record(tmp_path):
     """Also over an older adapter with its record, such as in a checkpoint."""
     trainer = make(tmp_path, save_strategy="steps", save_steps=2)
