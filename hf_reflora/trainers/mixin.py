@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -381,6 +382,15 @@ class AdapterTrainerMixin(_Base):
 
     def _prepare(self, token=None, revision=None, private=None, **options) -> Repo:
         args, config = self.args, getattr(self.model, "active_peft_config", None)
+        # PEFT saves an adapter of another name in a folder of that name, and whoever loads the repository would get
+        # the one called "default", or none.
+        name = next(iter(getattr(self.model, "active_adapters", [])), "default")
+        if name != "default":
+            command = ["hf-reflora", "push", Path(args.output_dir, name).as_posix(), args.hub_model_id or name]
+            raise PushError(
+                f"The trained adapter is called {name!r}, and a repository shows the one called 'default'. Push its own "
+                f"folder when it is saved: {shlex.join(command)}"
+            )
         # Not from the record, which knows it only when the trainer is made.
         base_model = self.run_record.facts.get("base_model", hub_id(getattr(config, "base_model_name_or_path", None)))
         return prepare(

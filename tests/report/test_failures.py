@@ -6,12 +6,13 @@ import pytest
 import tiny
 import tiny_trainer
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraCallback, RefLoraSFTTrainer, RefLoraTrainer
+from hf_reflora.hub.retry import PushError
 from hf_reflora.report.record import RECORD_NAME, RunRecord
 from hf_reflora.report.recorder import RunRecordCallback
 
@@ -137,6 +138,18 @@ def test_wrong_arguments_of_a_push_are_raised_after_saving(tmp_path, cls):
     with pytest.raises(TypeError, match="licence"):
         trainer.push_to_hub(licence="mit")
     assert_saved(tmp_path, trainer)
+
+
+def test_an_adapter_of_another_name_is_not_pushed_as_the_default_one(tmp_path):
+    """The repository would show other weights than those that its card describes."""
+    model = tiny.lora(tiny.llama())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    trainer = tiny_trainer.build(tmp_path, RefLoraTrainer, model)
+    trainer.train()
+    with pytest.raises(PushError, match=r"is called 'other', .* hf-reflora push .*/other other"):
+        trainer.push_to_hub()
+    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
 
 
 def test_a_checkpoint_whose_record_is_broken_is_resumed(tmp_path, caplog):
