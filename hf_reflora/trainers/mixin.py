@@ -388,8 +388,8 @@ class AdapterTrainerMixin(_Base):
         if name != "default":
             command = ["hf-reflora", "push", Path(args.output_dir, name).as_posix(), args.hub_model_id or name]
             raise PushError(
-                f"The trained adapter is called {name!r}, and a repository shows the one called 'default'. Push its own "
-                f"folder when it is saved: {shlex.join(command)}"
+                f"The trained adapter is called {name!r}, and a repository shows the one called 'default'. Push the "
+                f"folder of that name when it is saved: {shlex.join(command)}"
             )
         # Not from the record, which knows it only when the trainer is made.
         base_model = self.run_record.facts.get("base_model", hub_id(getattr(config, "base_model_name_or_path", None)))
