@@ -178,6 +178,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "trained parameters": f"{parameters:,}" if parameters is not None else None,
         "rank": " to ".join(map(str, dict.fromkeys(numbers.get("ranks", [])))),
         "adapted layers": numbers.get("layers"),
+        "tensors with values that are not finite": numbers.get("not_finite"),
         "balance gap ‖AAᵀ − BᵀB‖/‖BᵀB‖, mean": f"{numbers['balance_gap']:.3g}" if "balance_gap" in numbers else None,
         "commit of the base model": record.base_revision,
         "rows": record.train_rows,

@@ -29,7 +29,8 @@ def diagnostics(config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Any
         layers, ranks [least, largest], trained_numbers, and those of the following that are finite. For LoRA the
         means over the layers norm_A, norm_B and balance_gap and the medians cond_P and cond_Q (see
         `hf_reflora.reflora.diagnose.diagnose`); for LoRA-SB the mean norm_R and the largest entries B_gap_I of
-        |BᵀB − I| and A_gap_I of |AAᵀ − I|.
+        |BᵀB − I| and A_gap_I of |AAᵀ − I|. Where there are any, not_finite is the number of tensors with values that
+        are not finite: the training has diverged.
     """
     native = isinstance(config, LoraSbConfig)
     kinds = (".lorasb_A", ".lorasb_B", ".lorasb_R") if native else (".lora_A.weight", ".lora_B.weight")
@@ -41,6 +42,8 @@ def diagnostics(config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Any
         "ranks": [min(ranks), max(ranks)] if ranks else [],
         "trained_numbers": sum(layer[-1].numel() if native else sum(t.numel() for t in layer) for layer in layers),
     }
+    if not_finite := sum(not bool(tensor.detach().float().isfinite().all()) for tensor in tensors.values()):
+        size["not_finite"] = not_finite
     numbers = (_sb_diagnostics if native else _lora_diagnostics)(layers) if layers else {}
     return size | {name: value for name, value in numbers.items() if math.isfinite(value)}
 

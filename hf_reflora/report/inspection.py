@@ -21,6 +21,7 @@ SHOWN = {
     "norm_R": "‖R‖, mean",
     "B_gap_I": "BᵀB − I, largest",
     "A_gap_I": "AAᵀ − I, largest",
+    "not_finite": "tensors with values that are not finite",
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import PartialState
 from peft import PeftModel, TaskType
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..distributed.backend import backend_name
 from ..distributed.parameters import adapter_state_dict, has_sharded_parameters
@@ -25,6 +26,8 @@ from .ids import commit_in_cache, hub_id
 from .json_values import changed_fields, jsonable
 from .record import RECORD_NAME, RunRecord
 
+
+logger = logging.get_logger(__name__)
 
 # The fields of a record that `RunRecordCallback` takes as arguments, because a trainer cannot know them, or the user
 # knows them better: a trainer sees a local copy of the model, or rows that are packed already.
@@ -273,7 +276,15 @@ class RunRecordCallback(TrainerCallback):
     def _diagnose(self) -> None:
         """On all processes where the model is sharded."""
         tensors = adapter_state_dict(self._model)
-        self.record.replace(diagnostics=diagnostics(self._model.active_peft_config, tensors))
+        numbers = diagnostics(self._model.active_peft_config, tensors)
+        if "not_finite" in numbers and "not_finite" not in self.record.diagnostics:
+            # The log may not tell: with logging_nan_inf_filter a Trainer logs the mean of the losses before, or 0.
+            logger.warning(
+                f"{numbers['not_finite']} of the adapter's {len(tensors)} tensors have values that are not finite: "
+                "the training has diverged, whatever losses are logged. Go back to an earlier checkpoint and take a "
+                "lower learning rate, or look for rows without labels."
+            )
+        self.record.replace(diagnostics=numbers)
 
     def _refresh(self) -> None:
         """Notes what changes while training goes on: log, step, seconds, memory, tokens."""

@@ -496,6 +496,29 @@ def test_own_results_are_merged(tmp_path):
     assert callback.record.examples == []
 
 
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("kind", ["RefLoraTrainer", "LoraSbSFTTrainer"])
+def test_a_diverged_adapter_is_called_so(tmp_path, caplog, kind, filtered):
+    """By default a Trainer logs a NaN loss as the mean of the losses before it, so that the log looks well."""
+
+    class Diverge(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
+
+    trainer = make(tmp_path, kind, more={"callbacks": [Diverge()]}, logging_nan_inf_filter=filtered)
+    trainer.train()
+    trainer.save_model()
+    record, tensors = RunRecord.load(tmp_path / RECORD_NAME), load_peft_weights(str(tmp_path), device="cpu")
+    assert filtered == all(math.isfinite(loss) for _, loss in record.losses)
+    assert record.diagnostics["not_finite"] == sum(not t.isfinite().all() for t in tensors.values()) > 0
+    assert "values that are not finite" in render(record)
+    assert caplog.text.count("the training has diverged, whatever losses are logged") == 1
+    finite = make(tmp_path / "finite", kind)
+    finite.train()
+    assert "not_finite" not in read(tmp_path / "finite")["diagnostics"]
+
+
 class BestAt(TrainerCallback):
     """Makes the score of one step the best, whatever the model has learned."""
 
