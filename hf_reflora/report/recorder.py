@@ -267,11 +267,9 @@ class RunRecordCallback(TrainerCallback):
         A Trainer may fail to load them and only warn: it looks for an adapter in the checkpoint's folder, where PEFT
         saves an adapter that is called "default"; another one is in a folder of its name.
         """
+        self._diagnose()  # before the file, which not every node may see: all processes must take part
         path = Path(state.best_model_checkpoint or "") / RECORD_NAME
-        if not path.is_file():
-            return True
-        self._diagnose()
-        return same_weights(RunRecord.load(path).diagnostics, self.record.diagnostics)
+        return not path.is_file() or same_weights(RunRecord.load(path).diagnostics, self.record.diagnostics)
 
     def _diagnose(self) -> None:
         """On all processes where the model is sharded."""
