@@ -26,12 +26,12 @@ from ..report.card import render
 from ..report.edits import is_edited
 from ..report.environment import write_text
 from ..report.failures import log_errors
-from ..report.front_matter import check_license
 from ..report.ids import hub_id
 from ..report.plot import plot
 from ..report.record import RunRecord
 from ..report.recorder import RunRecordCallback, dataset_facts
 from .background_push import BackgroundPushes
+from .card_arguments import record_entries
 from .checkpoints import begin_checkpoint, check_adapter, check_state, checkpoint_to_resume, rotate
 
 
@@ -238,42 +238,15 @@ class AdapterTrainerMixin(_Base):
         self._note_for_card(model_name, dataset_name, tags, **more)
         self._describe_output_dir(self.run_record.write)
 
-    def _note_for_card(
-        self,
-        model_name=None,
-        dataset_name=None,
-        tags=None,
-        *,
-        license=None,
-        language=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset=None,
-        dataset_tags=None,
-        dataset_args=None,
-    ) -> None:
+    def _note_for_card(self, *args: Any, **more: Any) -> None:
         """Notes in the record what the user wants in the card; see `create_model_card`."""
-        check_license(license)
-        ids = [name for name in map(hub_id, _listed(dataset_tags)) if name is not None]
-        facts: dict[str, Any] = {}
-        if dataset_name is not None:
-            facts |= {"dataset": dataset_name, "dataset_id": hub_id(dataset_name)}
-        if dataset_tags is not None:
-            facts |= {"dataset": ", ".join(_listed(dataset_tags)), "dataset_id": ids[0] if ids else None}
-        if dataset is not None:
-            facts["dataset"] = ", ".join(_listed(dataset))
-        if dataset_args is not None:
-            facts["dataset_config"] = ", ".join(_listed(dataset_args))
-        if finetuned_from is not None:
-            facts |= {"model": finetuned_from, "base_model": hub_id(finetuned_from)}
+        facts, card = record_entries(*args, **more)
         self.run_record.facts |= facts  # they also hold when training starts with another model (model_init)
         self.run_record.update(**facts)
         noted = self.run_record.record.card.get("tags", [])
         of_model = [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in self._tag_names]
-        tags = list(dict.fromkeys([*noted, *of_model, *_listed(tags)]))
-        card = {"title": model_name, "license": license, "language": language, "tags": tags}
-        card |= {"task": next(iter(_listed(tasks)), None), "datasets": ids}
-        self.run_record.update(card={name: value for name, value in card.items() if value})
+        tags = list(dict.fromkeys([*noted, *of_model, *card.get("tags", [])]))
+        self.run_record.update(card=card | ({"tags": tags} if tags else {}))
 
     def _describe_output_dir(self, write: Callable[[str], RunRecord]) -> None:
         """Writes record, plot and card into `output_dir`. An error is logged: the weights are there already."""
@@ -419,11 +392,6 @@ class AdapterTrainerMixin(_Base):
     def _finish_current_push(self) -> None:
         """Called by a Trainer when training ends: waits for the push in the background."""
         self._pushes.wait()
-
-
-def _listed(names: str | Sequence[str] | None) -> list[str]:
-    """One name or several as a list."""
-    return [names] if isinstance(names, str) else list(names or [])
 
 
 @contextmanager

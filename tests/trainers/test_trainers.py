@@ -24,6 +24,7 @@ from hf_reflora import (
     RefLoraTrainer,
     create_reflora_optimizer,
 )
+from hf_reflora.report.recorder import RunRecordCallback
 
 
 KINDS = {"Trainer": RefLoraTrainer, "SFTTrainer": RefLoraSFTTrainer}
@@ -260,6 +261,15 @@ def test_the_card_arguments_of_transformers_example_scripts(tmp_path, cls):
     assert "| dataset configuration | mrpc |" in text
     with pytest.raises(TypeError, match="licence"):
         trainer.create_model_card(licence="mit")
+
+
+def test_empty_card_arguments_say_nothing(tmp_path):
+    trainer = tiny_trainer.build(tmp_path, RefLoraTrainer, more={"callbacks": [RunRecordCallback(dataset="org/data")]})
+    trainer.train()
+    trainer.create_model_card(dataset=[], dataset_tags=[], dataset_args=None, tags=None, finetuned_from="", tasks=[])
+    record = trainer.run_record.record
+    assert (record.dataset, record.model) == ("org/data", "an unknown base model")
+    assert "tags" not in record.card
 
 
 def test_the_order_of_transformers_arguments(tmp_path):
