@@ -18,7 +18,7 @@ from .initialize import LossFunction, initialize_lora_sb_weights
 from .model import restore_float32
 from .samples import draw_samples
 from .subspace import UPDATES
-from .targets import adapter_layers, is_initialized, is_trainable, missing_peft_model
+from .targets import adapter_layers, is_initialized, missing_peft_model, trained_parameter
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +53,8 @@ class LoraSbCallback(TrainerCallback):
         ValueError: at construction for a wrong value. When training starts, if `update` or `eta` is not given and
             cannot be told from the optimizer and its schedule; if the loss is not the model's own (label smoothing,
             `loss_type`) and `forward_fn` is not given; if the data are a stream and `num_samples` is not given; if the
-            backend is not supported; or if `initialize_lora_sb_weights` raises.
+            backend is not supported; if the adapter is frozen, or the optimizer does not have it; or if
+            `initialize_lora_sb_weights` raises.
 
     Example:
         >>> trainer = SFTTrainer(..., peft_config=LoraSbConfig(r=64), callbacks=[LoraSbCallback()])
@@ -88,7 +89,7 @@ class LoraSbCallback(TrainerCallback):
         if not isinstance(model, PeftModel):
             raise ValueError(f"LoraSbCallback initializes the adapter of a PeftModel; {missing_peft_model(model)}")
         layers = adapter_layers(model, self.adapter_name)
-        if not any(is_trainable(layer, self.adapter_name) for layer in layers.values()):
+        if not any(trained_parameter(layer, self.adapter_name).requires_grad for layer in layers.values()):
             raise ValueError(
                 f"The adapter {self.adapter_name!r} is frozen, so training would leave it as it is. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or call model.set_adapter."
@@ -100,6 +101,17 @@ class LoraSbCallback(TrainerCallback):
                 f"{args.label_smoothing_factor}). Give LoraSbCallback(forward_fn=...), which computes it."
             )
 
+    def _check_optimizer(self, model: PeftModel, optimizer: Optimizer) -> None:
+        layers = adapter_layers(model, self.adapter_name).values()
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # DeepSpeed puts partitions of its own into the optimizer.
+        if not is_deepspeed() and held.isdisjoint(id(trained_parameter(layer, self.adapter_name)) for layer in layers):
+            raise ValueError(
+                f"The optimizer has no parameter of the adapter {self.adapter_name!r}, so training would leave it as "
+                "it is. A Trainer makes its optimizer once and keeps it when train() is called again: after "
+                "set_adapter make a new Trainer."
+            )
+
     def on_init_end(self, args, state, control, model=None, **kwargs):
         # TRL casts the trainable parameters of quantized models to bfloat16. Here no optimizer has been made yet.
         restore_float32(model)
@@ -108,6 +120,7 @@ class LoraSbCallback(TrainerCallback):
         self, args, state, control, model=None, optimizer=None, lr_scheduler=None, train_dataloader=None, **kwargs
     ):
         self.check(args, model)
+        self._check_optimizer(model, unwrap_optimizer(optimizer))
         # A callback that was added after the trainer was made missed on_init_end. With several processes it is too
         # late by now: the backend has made buffers or copies of the parameters, in their dtype.
         if args.world_size == 1:

@@ -76,10 +76,9 @@ def _check_layer(name: str, layer: AdapterLayer, adapter_name: str) -> None:
         raise ValueError(f"{name} is merged. Call unmerge_adapter() first.")
 
 
-def is_trainable(layer: AdapterLayer, adapter_name: str) -> bool:
-    """Whether what LoRA-SB trains in a layer is trainable now: R, or B of an ordinary LoRA."""
-    trained = layer.lorasb_R[adapter_name] if isinstance(layer, LoraSbLayer) else layer.lora_B[adapter_name].weight
-    return trained.requires_grad
+def trained_parameter(layer: AdapterLayer, adapter_name: str) -> nn.Parameter:
+    """What LoRA-SB trains in a layer: R, or B of an ordinary LoRA, which trains A as well."""
+    return layer.lorasb_R[adapter_name] if isinstance(layer, LoraSbLayer) else layer.lora_B[adapter_name].weight
 
 
 def is_initialized(model: PeftModel, adapter_name: str) -> bool:

@@ -621,6 +621,21 @@ def test_a_frozen_adapter_is_refused(tmp_path, kind):
         make_trainer(tmp_path, model=model).train()
 
 
+@pytest.mark.parametrize("kind", ["lora_sb", "lora"])
+def test_an_optimizer_without_the_adapter_is_refused(tmp_path, kind):
+    """A Trainer keeps its optimizer, so a second train() would leave an adapter that became active later as it is."""
+    model = adapted(kind)
+    model.add_adapter("other", config(kind))
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.train()
+    model.set_adapter("other")
+    trainer.pop_callback(LoraSbCallback)
+    trainer.add_callback(LoraSbCallback(adapter_name="other"))
+    with pytest.raises(ValueError, match=r"no parameter of the adapter 'other'.*make a new Trainer"):
+        trainer.train()
+    make_trainer(tmp_path, [LoraSbCallback(adapter_name="other")], model=model).train()
+
+
 @pytest.mark.parametrize("second", [LoraSbCallback, LoraSbCallback()], ids=["class", "instance"])
 def test_a_second_callback_is_refused(tmp_path, second):
     with pytest.raises(ValueError, match=r"Pass it as lora_sb=LoraSbCallback\(...\)"):
