@@ -30,6 +30,7 @@ compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, the
 	$(VENV)/bin/python benchmarks/compare.py runs/smollm2-135m-*/run_record.json
 
 space: $(VENV)/demo $(VENV)/space ## Open the page that shows the demo's adapter beside its base model (after make demo)
+	test -d runs/smollm2-135m-reflora || { echo "There is no runs/smollm2-135m-reflora yet: run make demo first."; exit 1; }
 	BASE_MODEL=$$($(VENV)/bin/python -m hf_reflora.recipes.embedded_model) ADAPTERS=runs/smollm2-135m-reflora \
 		$(VENV)/bin/python spaces/before_after/app.py
 

@@ -37,7 +37,7 @@ def ways(engine: Engine) -> dict:
     """By the way's name: a function that makes both answers."""
     ids = torch.tensor([engine.encode_prompt(PROMPT, NAME)], device=engine.model.device)
     settings = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
-    engine._end_tokens = set()  # all answers have the full length
+    engine._chats[NAME].end_tokens = set()  # all answers have the full length
 
     def in_engine(way: str):
         engine._uses_mixed_batch[NAME] = way == "mixed batch"

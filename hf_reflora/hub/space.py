@@ -7,9 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import SpaceCard, constants, get_token, hf_hub_download
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
+from huggingface_hub import HfApi, SpaceCard, constants, get_token, hf_hub_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..report.front_matter import check_license
 from ..report.ids import is_hub_id
@@ -22,7 +21,16 @@ from .upload import is_public, upload
 # Where the Space's files are: pyproject.toml puts them into an installed package; a clone has them in spaces/.
 INSTALLED = Path(__file__).parents[1] / "before_after"
 SOURCE = Path(__file__).parents[2] / "spaces" / "before_after"
-FILES = ("README.md", "app.py", "adapter_check.py", "engine.py", "results.py", "requirements.txt")
+FILES = (
+    "README.md",
+    "app.py",
+    "adapter_check.py",
+    "chat.py",
+    "engine.py",
+    "loading.py",
+    "results.py",
+    "requirements.txt",
+)
 ZERO_GPU_TORCH = "torch>=2.8,<2.12"  # the versions that ZeroGPU has
 
 
@@ -101,18 +109,26 @@ def deploy_space(
 def _check_adapter(adapter: str, token: str | None) -> None:
     """Raises a ValueError if the page could not show the adapter, by the page's own check."""
 
-    def attempt() -> PeftConfig:
-        with tempfile.TemporaryDirectory() as folder:
-            hf_hub_download(adapter, CONFIG_NAME, token=token, local_dir=folder)
-            return PeftConfig.from_pretrained(folder)
-
-    try:
-        config = call_hub(attempt, f"Reading {CONFIG_NAME} of {adapter}")
-    except PushError as error:
-        raise PushError(f"{error} Is {adapter} an adapter?") from None
     # The page runs without this package, so the check is among its files.
-    check = runpy.run_path(str(_source() / "adapter_check.py"))["check_adapter"]
-    check(adapter, adapter, config)
+    page = runpy.run_path(str(_source() / "adapter_check.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            call_hub(
+                lambda: hf_hub_download(adapter, CONFIG_NAME, token=token, local_dir=folder),
+                f"Reading {CONFIG_NAME} of {adapter}",
+            )
+        except PushError as error:
+            raise PushError(f"{error} Is {adapter} an adapter?") from None
+        page["check_adapter"](adapter, adapter, page["read_config"](adapter, adapter, folder))
+
+    def has_weights() -> bool:
+        files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        return any(HfApi(token=token).file_exists(adapter, name) for name in files)
+
+    if not call_hub(has_weights, f"Looking for the weights of {adapter}"):
+        raise ValueError(
+            f"{adapter} has an {CONFIG_NAME}, but no weights ({SAFETENSORS_WEIGHTS_NAME}). Push them first."
+        )
 
 
 def _source() -> Path:

@@ -5,7 +5,7 @@
 BASE_MODEL is an id on the Hub or a folder. ADAPTERS lists the adapters that visitors may choose, as ids, folders or
 name=id, separated by commas. Without these variables the page takes the `models` in README.md's front matter: first
 the base model, then the adapters. SYSTEM_PROMPT, MAX_NEW_TOKENS, TEMPERATURE, TOP_P and SEED set what the page's
-fields start with.
+fields start with. DTYPE is the base model's: float32 (the default on a CPU), bfloat16, float16 or auto.
 """
 
 # ZeroGPU's package replaces parts of torch and must come before anything that imports torch. Elsewhere it is absent,
@@ -81,7 +81,9 @@ BASE, ADAPTERS = configured_models()
 DEFAULTS, SYSTEM_PROMPT = configured_settings(), os.environ.get("SYSTEM_PROMPT", "")
 # Before the page is launched: ZeroGPU moves what is loaded at import to its GPUs, and elsewhere the Space's own
 # "building" screen is shown meanwhile.
-ENGINE = Engine(BASE, ADAPTERS)
+ENGINE = Engine(BASE, ADAPTERS, dtype=os.environ.get("DTYPE") or None)
+if not os.environ.get("SPACES_ZERO_GPU"):  # there is no GPU at the start there, and the first question measures
+    ENGINE.measure()
 RESULTS = {name: Results(source) for name, source in ADAPTERS.items()}
 SYSTEM_PROMPTS = {name: SYSTEM_PROMPT or results.system_prompt for name, results in RESULTS.items()}
 FIRST = next(iter(ADAPTERS))
@@ -152,8 +154,12 @@ def in_model_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Fu
 
 def describe(answer: Answer) -> str:
     """An answer's length, speed and end, in a line."""
-    speed = f", {answer.tokens / answer.seconds:.1f} tokens/s" if answer.seconds else ""
-    return f"{answer.tokens} tokens{speed}" + (f" · {answer.ended}" if answer.ended else " …")
+    facts = [f"{answer.tokens} token" + "s" * (answer.tokens != 1)]
+    if answer.tokens_per_second:
+        facts.append(f"{answer.tokens_per_second:.1f} tokens/s")
+    if answer.first_token_seconds and (answer.tokens or answer.ended):
+        facts.append(f"first after {answer.first_token_seconds:.1f} s")
+    return ", ".join(facts) + (f" · {answer.ended}" if answer.ended else " …")
 
 
 def differences(base: str, adapted: str) -> list[tuple[str, str | None]]:

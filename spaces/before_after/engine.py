@@ -8,8 +8,8 @@ Both answers grow together, a token at a time, in one of two ways:
   base's row is bit-identical to a row of the base model in a batch of two, which may be rounded differently than the
   base model alone.
 
-The first question to an adapter measures both ways on this device, and a mixed batch is used where it is clearly
-faster.
+`measure` compares both ways on this device for each adapter, and a mixed batch is used where it is clearly faster.
+Without it the first question to an adapter waits for that.
 """
 
 import dataclasses
@@ -20,22 +20,17 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
-from adapter_check import check_adapter
-from jinja2 import TemplateError
-from peft import PeftConfig, PeftModel
+from chat import CannotAnswer, Chat
+from loading import load_adapters, load_base, load_configs, trained_elsewhere
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TopPLogitsWarper
+from transformers import AutoTokenizer, DynamicCache, TopPLogitsWarper
 
 
 PROMPT_CHUNK = 128  # tokens of a prompt that the model reads at once; between chunks a visitor may stop it
 MEASURED_TOKENS = 6  # generated in both ways to compare their speeds
 # Of the time in turn. A smaller gain could be noise, which would choose another way at each start.
 CLEARLY_FASTER = 0.8
-
-
-class CannotAnswer(ValueError):
-    """A question that cannot be answered as it is. The message tells the visitor what to change."""
 
 
 class Side(enum.Enum):
@@ -52,14 +47,21 @@ class Answer:
     Attributes:
         text: The text of its tokens.
         tokens: Number of tokens.
-        seconds: Time spent on it. A mixed batch counts for both sides.
+        first_token_seconds: Time for reading the prompt and choosing the first token.
+        seconds: Time for the tokens after the first one. A mixed batch counts for both sides, here and above.
         ended: Why it has ended, "end of text" or "length"; None while it grows.
     """
 
     text: str = ""
     tokens: int = 0
+    first_token_seconds: float = 0.0
     seconds: float = 0.0
     ended: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed of decoding; None until there is a second token."""
+        return (self.tokens - 1) / self.seconds if self.tokens > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,43 +103,43 @@ class Engine:
         adapters: Id or folder of each adapter, by the name that visitors see. They must be ordinary LoRA adapters of
             this base model that leave its own weights as they are.
         device: Default: the GPU if there is one, otherwise the CPU.
+        dtype: Of the base model: "float32", "bfloat16", "float16", or "auto" for that of its weights. Default: "auto"
+            on a GPU and "float32" on a CPU, as CPUs are slow in 16 bits.
+
+    Attributes:
+        notes: Sentences for the page on each adapter, by its name, such as that it was trained from another model.
 
     Raises:
-        ValueError: if there is no adapter, one is called `__base__`, or one is of another kind.
+        ValueError: if there is no adapter, one is called `__base__`, is of another kind or does not fit the base
+            model, or the base model cannot be loaded.
     """
 
-    def __init__(self, base: str, adapters: dict[str, str], device: str | None = None):
+    def __init__(self, base: str, adapters: dict[str, str], device: str | None = None, dtype: str | None = None):
         if not adapters:
             raise ValueError("Give at least one adapter.")
         if "__base__" in adapters:
             raise ValueError("__base__ is PEFT's name for the base model: give the adapter another one.")
-        configs = {name: PeftConfig.from_pretrained(source) for name, source in adapters.items()}
-        for name, config in configs.items():
-            check_adapter(name, adapters[name], config)
+        configs = load_configs(adapters)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # CPUs are slow in 16 bits.
-        dtype = "auto" if device == "cuda" else torch.float32
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = load_base(base, dtype or ("auto" if device == "cuda" else "float32"))
         # PEFT gets names of our own: it fails on names with dots and mistakes "lora" for a part of its layers' names.
         self._peft_names = {name: f"adapter{i}" for i, name in enumerate(adapters)}
-        # PEFT cannot load an adapter without new tokens after one that has some, so those come last.
-        for name in sorted(adapters, key=lambda name: configs[name].trainable_token_indices is not None):
-            source, settings = adapters[name], {"adapter_name": self._peft_names[name]}
-            settings["torch_device"] = "cpu"  # PEFT would load to a GPU, which is not there yet when ZeroGPU starts
-            if isinstance(model, PeftModel):
-                model.load_adapter(source, **settings)
-            else:
-                model = PeftModel.from_pretrained(model, source, **settings)
+        model = load_adapters(model, adapters, configs, self._peft_names)
         self.model = model.to(device).eval().requires_grad_(False)
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         # The layers that PEFT has put into the model, each with the hooks that belong there: see `_remove_hooks`.
         self._layers = {layer: set(layer._forward_pre_hooks) for layer in layers}
         self._uses_mixed_batch: dict[str, bool] = {}  # by adapter, once it is measured
+        tokenizer = AutoTokenizer.from_pretrained(base)
         eos = self.model.generation_config.eos_token_id
-        self._end_tokens = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
+        ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        self._chats = {name: Chat(source, tokenizer, ends, self._vocabulary) for name, source in adapters.items()}
+        self.notes = {name: list(chat.notes) for name, chat in self._chats.items()}
+        for name, config in configs.items():
+            if trained_from := trained_elsewhere(base, config):
+                self.notes[name].append(f"The adapter was trained from {trained_from}, and is shown with {base}.")
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self._context_length = context or self.tokenizer.model_max_length
+        self._context_length = context or tokenizer.model_max_length
         # PEFT keeps the active adapter, and the rows of a mixed batch, in the layers themselves: two visitors at the
         # same time would get each other's adapter.
         self._lock = threading.Lock()
@@ -156,24 +158,41 @@ class Engine:
         ids = self.encode_prompt(prompt, adapter, system)
         limit = min(settings.max_new_tokens, self._context_length - len(ids))
         with self._lock:
-            self.model.set_adapter(self._peft_names[adapter], inference_mode=True)
-            if adapter not in self._uses_mixed_batch:
-                self._uses_mixed_batch[adapter] = yield from self._mixed_batch_is_faster()
+            yield from self._choose_way(adapter)
             generator = torch.Generator().manual_seed(settings.seed)
             batches = [_Batch(self, [Side.BASE, Side.ADAPTER])] if self._uses_mixed_batch[adapter] else self._in_turn()
+            writers = {side: _Writer(self._chats[adapter], settings, limit) for side in Side}
             while len(ids) > PROMPT_CHUNK:
                 for batch in batches:
-                    batch.logits([ids[:PROMPT_CHUNK]] * len(batch.sides))
-                    yield Answer(), Answer()
+                    batch.read(ids[:PROMPT_CHUNK], writers)
+                    yield self._answers(writers)
                 ids = ids[PROMPT_CHUNK:]
-            writers = {side: _Writer(self, ids, settings, limit) for side in Side}
+            for writer in writers.values():
+                writer.next_tokens = ids
             for _ in range(limit):
                 noise = self._gumbel(generator) if settings.temperature > 0 else None
                 for batch in batches:
                     batch.step({side: writers[side] for side in batch.sides if not writers[side].answer.ended}, noise)
-                yield tuple(dataclasses.replace(writers[side].answer) for side in (Side.BASE, Side.ADAPTER))
+                yield self._answers(writers)
                 if all(writer.answer.ended for writer in writers.values()):
                     return
+
+    def measure(self) -> None:
+        """Measures both ways for each adapter, so that no visitor waits for it. ZeroGPU has no GPU at the start."""
+        with self._lock:
+            for adapter in self._peft_names:
+                for _ in self._choose_way(adapter):
+                    pass
+
+    def _choose_way(self, adapter: str) -> Iterator[tuple[Answer, Answer]]:
+        """Makes the adapter the active one, and measures both ways with it if that was not done yet."""
+        self.model.set_adapter(self._peft_names[adapter], inference_mode=True)
+        if adapter not in self._uses_mixed_batch:
+            self._uses_mixed_batch[adapter] = yield from self._mixed_batch_is_faster()
+
+    def _answers(self, writers: dict[Side, "_Writer"]) -> tuple[Answer, Answer]:
+        """Copies, as the answers go on."""
+        return dataclasses.replace(writers[Side.BASE].answer), dataclasses.replace(writers[Side.ADAPTER].answer)
 
     def _in_turn(self) -> list["_Batch"]:
         return [_Batch(self, [Side.BASE]), _Batch(self, [Side.ADAPTER])]
@@ -206,9 +225,7 @@ class Engine:
         return min(seconds_mixed) < CLEARLY_FASTER * min(seconds_in_turn)
 
     def encode_prompt(self, prompt: str, adapter: str, system: str = "") -> list[int]:
-        """The tokens after which both sides continue.
-
-        A model with a chat template gets a conversation; one without gets the plain text to complete.
+        """The tokens after which both sides continue: see `Chat`.
 
         Raises:
             CannotAnswer: for an unknown adapter, an empty prompt, one that does not fit into the model's context, or a
@@ -220,20 +237,7 @@ class Engine:
             raise CannotAnswer("Type a prompt first.")
         # JSON may have half of a character that takes two (a surrogate), on which tokenizers fail.
         prompt, system = (text.encode("utf-8", "replace").decode() for text in (prompt, system))
-        if self.tokenizer.chat_template is None:
-            ids = self.tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"]
-            while ids[-1] in self._end_tokens:  # some tokenizers end each text with one; here it shall go on
-                ids.pop()
-        else:
-            turns = [{"role": "system", "content": system}] if system else []
-            turns.append({"role": "user", "content": prompt})
-            try:
-                template = self.tokenizer.apply_chat_template
-                ids = template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-            except TemplateError:
-                if not system:
-                    raise
-                raise CannotAnswer("This model takes no system prompt: leave it empty.") from None
+        ids = self._chats[adapter].encode(prompt, system)
         if len(ids) >= self._context_length:
             raise CannotAnswer(
                 f"The prompt is {len(ids)} tokens long; the model takes {self._context_length - 1}. Shorten it."
@@ -270,6 +274,14 @@ class _Batch:
         self.engine, self.sides = engine, sides
         self._cache = DynamicCache(config=engine.model.config)
 
+    def read(self, tokens: list[int], writers: dict[Side, "_Writer"]) -> None:
+        """Reads a piece of the prompt, which is not its end."""
+        begin = time.perf_counter()
+        self.logits([tokens] * len(self.sides))
+        seconds = time.perf_counter() - begin
+        for side in self.sides:
+            writers[side].answer.first_token_seconds += seconds
+
     def step(self, writers: dict[Side, "_Writer"], noise: torch.Tensor | None) -> None:
         """Adds the next token to each side's answer. A side that is not in `writers` leaves the batch."""
         if not writers:
@@ -281,11 +293,15 @@ class _Batch:
             self._cache.reorder_cache(torch.tensor(rows))
             self.sides = list(writers)
         logits = self.logits([writer.next_tokens for writer in writers.values()])
+        are_first = {side: not writer.answer.tokens for side, writer in writers.items()}
         for writer, row in zip(writers.values(), logits, strict=True):
             writer.add_token(row, noise)
         seconds = time.perf_counter() - begin
-        for writer in writers.values():
-            writer.answer.seconds += seconds
+        for side, writer in writers.items():
+            if are_first[side]:
+                writer.answer.first_token_seconds += seconds
+            elif writer.answer.ended != "end of text":  # which is a token that the answer does not count
+                writer.answer.seconds += seconds
 
     @torch.inference_mode()
     def logits(
@@ -313,10 +329,10 @@ class _Batch:
 class _Writer:
     """Chooses the tokens of one side's answer."""
 
-    def __init__(self, engine: Engine, ids: list[int], settings: Settings, limit: int):
-        self.engine, self.settings, self.limit = engine, settings, limit
+    def __init__(self, chat: Chat, settings: Settings, limit: int):
+        self.chat, self.settings, self.limit = chat, settings, limit
         self.answer = Answer()
-        self.next_tokens = ids  # that the model has not read yet
+        self.next_tokens: list[int] = []  # that the model has not read yet
         self._answer_ids: list[int] = []
 
     def add_token(
@@ -325,15 +341,14 @@ class _Writer:
         noise: torch.Tensor | None,  # (vocabulary,); None takes the most likely token
     ) -> None:
         token = self._choose(logits, noise)
-        if token in self.engine._end_tokens:
+        if token in self.chat.end_tokens:
             self.answer.ended = "end of text"
             return
         self._answer_ids.append(token)
         self.next_tokens = [token]
         self.answer.tokens = len(self._answer_ids)
-        # All tokens are decoded each time, as several may make one character; U+FFFD stands for an incomplete one.
-        text = self.engine.tokenizer.decode(self._answer_ids, skip_special_tokens=True)
-        self.answer.text = text.rstrip("\ufffd")
+        # All of them each time, as several may make one character.
+        self.answer.text = self.chat.decode(self._answer_ids)
         if len(self._answer_ids) == self.limit:
             self.answer.ended = "length"
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from space_adapters import last, save_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,8 +19,6 @@ from transformers import (
     MistralConfig,
     Qwen3NextConfig,
 )
-
-from hf_reflora import LoraSbConfig
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
@@ -56,10 +55,6 @@ def engine(folders, request):
     engine = three(folders)
     engine._uses_mixed_batch = dict.fromkeys(NAMES, request.param)
     return engine
-
-
-def last(iterator):
-    return list(iterator)[-1]
 
 
 def greedy(folders, prompt, adapter=None, tokens=12):
@@ -140,15 +135,15 @@ def test_both_sides_grow_together_and_end_for_a_reason(engine):
     assert [tuple(side.tokens for side in sides) for sides in steps] == [(n, n) for n in range(1, 6)]
     assert {side.ended for side in steps[-1]} == {"length"}
     assert {side.ended for sides in steps[:-1] for side in sides} == {None}
-    assert all(side.seconds > 0 for side in steps[-1])
+    assert all(side.seconds > 0 and side.first_token_seconds > 0 for side in steps[-1])
 
 
 def test_one_side_end_tokens_while_the_other_goes_on(engine, monkeypatch):
     base, adapted = last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=12)))
-    ids = engine.tokenizer(base.text, add_special_tokens=False)["input_ids"]
-    theirs = engine.tokenizer(adapted.text, add_special_tokens=False)["input_ids"]
+    chat = engine._chats[NAMES[0]]
+    ids, theirs = (chat.tokenizer(side.text, add_special_tokens=False)["input_ids"] for side in (base, adapted))
     end = next(token for token in ids if token not in theirs)
-    monkeypatch.setattr(engine, "_end_tokens", {end})
+    monkeypatch.setattr(chat, "end_tokens", {end})
     base, adapted = last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=12)))
     assert base.ended == "end of text"
     assert base.tokens < adapted.tokens == 12
@@ -161,12 +156,13 @@ def test_the_system_prompt_counts(engine):
 
 
 def test_a_base_model_without_a_chat_template_completes(engine, folders, monkeypatch):
-    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    chat = engine._chats[NAMES[0]]
+    monkeypatch.setattr(chat, "template", None)
     base, _ = last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=8)))
     model = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
-    inputs = engine.tokenizer("Hello", return_tensors="pt")
+    inputs = chat.tokenizer("Hello", return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=0)
-    text = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = chat.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert base.text == text.rstrip("\ufffd")
 
 
@@ -298,19 +294,10 @@ def test_other_caches(folders, tmp_path, config, mixed):
     assert [side.text for side in sides] == expected
     base, adapted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in expected)
     end = next(token for token in base if token not in adapted)
-    engine._end_tokens = {end}
+    engine._chats["x"].end_tokens = {end}
     sides = last(engine.compare("Hello", "x", Settings(max_new_tokens=24)))
     assert [side.ended for side in sides] == ["end of text", "length"]
     assert [side.text for side in sides] == [tokenizer.decode(base[: base.index(end)]).rstrip("\ufffd"), expected[1]]
-
-
-def save_adapter(folder, **config):
-    model = get_peft_model(tiny.llama(), LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **config}))
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("lora_B", "modules_to_save", "trainable_tokens_delta")):
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def count_hooks(engine):
@@ -371,23 +358,6 @@ def test_adapters_with_modules_and_tokens_of_their_own_beside_a_plain_one(folder
         assert adapted.text == greedy(folders, "Hello", name), name
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"init_lora_weights": "pissa"}, r"changes the base model where it is loaded \(init_lora_weights='pissa'\)"),
-        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-        ({"bias": "lora_only"}, "can't show adapters with bias"),
-        ({"layer_replication": [(0, 2), (1, 2)]}, "can't show adapters with layer_replication"),
-        ({"alora_invocation_tokens": [5, 6]}, "can't show adapters with alora_invocation_tokens"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_adapters_that_would_change_the_base_are_refused(folders, tmp_path, config, message):
-    source = save_adapter(tmp_path / "adapter", **config)
-    with pytest.raises(ValueError, match=message):
-        Engine(str(folders / "base"), {"x": source})
-
-
 def test_a_long_prompt_is_read_in_pieces(engine, folders, monkeypatch):
     """So that Stop need not wait for all of it."""
     monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
@@ -402,6 +372,42 @@ def test_a_long_prompt_is_read_in_pieces(engine, folders, monkeypatch):
     answers.close()
     assert not engine._lock.locked()
     assert last(engine.compare(prompt, NAMES[0], Settings(max_new_tokens=12)))[0].text == steps[-1][0].text
+
+
+def test_the_speed_is_that_of_decoding(engine, monkeypatch):
+    """With a model that takes 0.1 s for a piece of the prompt and 0.02 s for a token."""
+    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
+    prompt, embed = "a longer prompt, with some more words in it", engine.model.get_input_embeddings()
+    pause = lambda _, inputs: time.sleep(0.1 if inputs[0].shape[1] > 1 else 0.02)  # noqa: E731
+    hook = embed.register_forward_pre_hook(pause)
+    sides = last(engine.compare(prompt, NAMES[0], Settings(max_new_tokens=5)))
+    hook.remove()
+    pieces = -(-len(engine.encode_prompt(prompt, NAMES[0])) // 8)
+    for side in sides:
+        assert 0.08 <= side.seconds < 0.1 * pieces <= side.first_token_seconds
+        assert side.tokens_per_second == 4 / side.seconds
+
+
+def test_one_token_has_no_speed(engine):
+    for side in last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=1))):
+        assert side.tokens_per_second is None
+        assert side.first_token_seconds > 0
+
+
+def test_measured_at_the_start_the_first_question_is_answered_at_once(folders):
+    engine = three(folders)
+    engine.measure()
+    assert set(engine._uses_mixed_batch) == set(NAMES)
+    assert not engine._lock.locked()
+    assert [side.tokens for side in next(engine.compare("Hello", NAMES[1]))] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_can_be_kept_in_another_dtype(folders, dtype):
+    engine = Engine(str(folders / "base"), {"x": str(folders / "adapter0")}, dtype=dtype)
+    assert engine.model.get_base_model().lm_head.weight.dtype == getattr(torch, dtype)
+    base, _ = last(engine.compare("Hello", "x", Settings(max_new_tokens=4)))
+    assert base.tokens == 4
 
 
 def test_the_measurement_can_be_stopped(folders):
@@ -420,17 +426,18 @@ def test_half_a_character_is_no_error(engine):
 
 def test_a_template_may_refuse_a_system_prompt(engine, monkeypatch):
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    monkeypatch.setattr(engine.tokenizer, "chat_template", refuse + engine.tokenizer.chat_template)
+    chat = engine._chats[NAMES[0]]
+    monkeypatch.setattr(chat, "template", refuse + chat.template)
     assert engine.encode_prompt("Hello", NAMES[0])
     with pytest.raises(CannotAnswer, match="This model takes no system prompt: leave it empty"):
         engine.encode_prompt("Hello", NAMES[0], "Be brief.")
 
 
 def test_a_completion_goes_on_where_a_tokenizer_end_tokens_the_text(engine, monkeypatch):
-    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    chat = engine._chats[NAMES[0]]
+    monkeypatch.setattr(chat, "template", None)
     ids = engine.encode_prompt("Hello", NAMES[0])
-    monkeypatch.setattr(engine, "tokenizer", lambda text: {"input_ids": [*ids, engine.model.config.eos_token_id]})
-    engine.tokenizer.chat_template = None
+    monkeypatch.setattr(chat, "tokenizer", lambda text: {"input_ids": [*ids, engine.model.config.eos_token_id]})
     assert engine.encode_prompt("Hello", NAMES[0]) == ids
 
 
@@ -442,15 +449,3 @@ def test_a_model_without_a_longest_context(folders, tmp_path):
     get_peft_model(model, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     engine = Engine(str(tmp_path / "base"), {"x": str(tmp_path / "adapter")})
     assert last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))[0].text == greedy(tmp_path, "Hello")
-
-
-def test_other_kinds_of_adapters_are_refused(folders, tmp_path):
-    get_peft_model(tiny.llama(), LoraSbConfig(r=2, target_modules=["q_proj"], init_weights=True)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ValueError, match=r"this page shows LoRA adapters, .* is LORASB\. Export it"):
-        Engine(str(folders / "base"), {"x": str(tmp_path)})
-    with pytest.raises(ValueError, match="Give at least one adapter"):
-        Engine(str(folders / "base"), {})
-    with pytest.raises(ValueError, match="__base__ is PEFT's name for the base model"):
-        Engine(str(folders / "base"), {"__base__": str(folders / "adapter0")})

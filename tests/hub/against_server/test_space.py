@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import HfApi
 from peft import IA3Config, LoraConfig
 
-from hf_reflora import PushError, push_adapter
+from hf_reflora import LoraSbConfig, PushError, push_adapter
 from hf_reflora.cli import main
 from hf_reflora.hub.scan import SecretFound
 from hf_reflora.hub.space import FILES, deploy_space, fill
@@ -102,6 +102,8 @@ def test_refusals(server, capsys, arguments, message):
         ("me/base", "me/classifier", "me/classifier is for SEQ_CLS"),
         ("me/base", "me/pissa", "changes the base model where it is loaded"),
         ("me/base", "me/bias", "can't show adapters with bias"),
+        ("me/base", "me/lora_sb", "me/lora_sb is LORASB. Export it to a LoRA: hf-reflora export me/lora_sb"),
+        ("me/base", "me/unfinished", "me/unfinished has an adapter_config.json, but no weights"),
     ],
 )
 def test_what_the_page_cannot_show_makes_no_space_and_gives_no_token_away(server, models, base, adapter, message):
@@ -110,6 +112,8 @@ def test_what_the_page_cannot_show_makes_no_space_and_gives_no_token_away(server
         "me/classifier": LoraConfig(task_type="SEQ_CLS"),
         "me/pissa": LoraConfig(init_lora_weights="pissa"),
         "me/bias": LoraConfig(bias="all"),
+        "me/lora_sb": LoraSbConfig(),
+        "me/unfinished": LoraConfig(task_type="CAUSAL_LM"),
     }
     if adapter in configs:
         configs[adapter].push_to_hub(adapter)

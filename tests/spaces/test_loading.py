@@ -1,0 +1,247 @@
+"""Which models and adapters the Space's engine takes: the others are refused with what to change."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from space_adapters import last, save_adapter
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from hf_reflora import LoraSbConfig
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
+
+from engine import Engine, Settings
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loading") / "base"
+    tiny.save(folder)
+    return str(folder)
+
+
+def refused(base, source, *parts):
+    """All parts are in the message, in this order."""
+    with pytest.raises(ValueError, match=".*".join(re.escape(part) for part in parts)):
+        Engine(base, {"x": str(source)})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "changes the base model where it is loaded (init_lora_weights='pissa')"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"bias": "lora_only"}, "can't show adapters with bias"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "can't show adapters with layer_replication"),
+        ({"alora_invocation_tokens": [5, 6]}, "can't show adapters with alora_invocation_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_adapters_that_would_change_the_base_are_refused(base, tmp_path, config, message):
+    refused(base, save_adapter(tmp_path / "adapter", **config), message)
+
+
+def test_names_are_checked(base, tmp_path):
+    with pytest.raises(ValueError, match="Give at least one adapter"):
+        Engine(base, {})
+    with pytest.raises(ValueError, match="__base__ is PEFT's name for the base model"):
+        Engine(base, {"__base__": str(tmp_path)})
+
+
+def test_other_methods_are_refused_also_where_peft_does_not_know_them(base, tmp_path):
+    get_peft_model(tiny.llama(), LoraSbConfig(r=2, target_modules=["q_proj"], init_weights=True)).save_pretrained(
+        tmp_path / "sb"
+    )
+    refused(base, tmp_path / "sb", f"is LORASB. Export it to a LoRA: hf-reflora export {tmp_path / 'sb'}")
+    IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path / "ia3")
+    refused(base, tmp_path / "ia3", "this page shows LoRA adapters", "is IA3. Export it to a LoRA.")
+    path = tmp_path / "ia3" / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "NEWER"}), encoding="utf-8")
+    refused(base, tmp_path / "ia3", "is NEWER")
+    path.write_text("[]", encoding="utf-8")
+    refused(base, tmp_path / "ia3", "adapter_config.json of", "is not one of PEFT's")
+
+
+def test_a_classifier_is_refused(base, tmp_path):
+    model = LlamaForSequenceClassification(tiny.llama().config)
+    source = save_adapter(tmp_path / "declared", model=model, task_type="SEQ_CLS")
+    refused(base, source, "shows models that write text", "is for SEQ_CLS")
+    source = save_adapter(tmp_path / "undeclared", model=model, modules_to_save=["score"])
+    refused(base, source, "have no place in the model, such as base_model.model.score.weight")
+
+
+@pytest.mark.parametrize(("trained", "shown"), [(2, 4), (4, 2)])
+def test_another_number_of_layers_is_refused(tmp_path, trained, shown):
+    tiny.save(tmp_path / "base", num_hidden_layers=shown)
+    source = save_adapter(tmp_path / "adapter", model=tiny.llama(num_hidden_layers=trained))
+    fault = "8 are missing, such as" if trained < shown else "8 have no place in the model, such as"
+    counts = f"the model takes {4 * shown} weights, the adapter has {4 * trained}"
+    refused(str(tmp_path / "base"), source, "do not fit the base model", counts, fault, "model.layers.2")
+
+
+def test_another_width_is_refused(base, tmp_path):
+    source = save_adapter(tmp_path / "adapter", model=tiny.llama(hidden_size=64))
+    refused(base, source, "lora_A.weight has the shape (2, 64), and the model takes (2, 32)", "(8 differ)")
+
+
+def test_names_of_another_model_are_refused(base, tmp_path):
+    """Without the check both sides would be the base model's, and equal."""
+    source = save_adapter(tmp_path / "adapter")
+    path = Path(source) / WEIGHTS
+    save_file({key.replace("model.layers", "language_model.layers"): w for key, w in load_file(path).items()}, path)
+    refused(base, source, "8 are missing", "8 have no place in the model, such as", "language_model.layers.0")
+
+
+def test_modules_of_another_model_are_refused(base, tmp_path):
+    source = save_adapter(tmp_path / "adapter", model=tiny.gpt2(), target_modules=["c_attn"])
+    refused(base, source, "does not fit the base model: ", "c_attn")
+
+
+def test_a_layer_of_its_own_without_weights_is_refused(base, tmp_path):
+    source = save_adapter(tmp_path / "adapter", modules_to_save=["lm_head"])
+    path = Path(source) / WEIGHTS
+    save_file({key: w for key, w in load_file(path).items() if "lm_head" not in key}, path)
+    refused(base, source, "1 are missing, such as base_model.model.lm_head.weight")
+
+
+def test_no_weights_or_no_whole_file(base, tmp_path):
+    source = Path(save_adapter(tmp_path / "adapter"))
+    content = (source / WEIGHTS).read_bytes()
+    for broken in (content[:-10], b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"):
+        (source / WEIGHTS).write_bytes(broken)
+        refused(base, source, f"x: {WEIGHTS} of", "cannot be read")
+    (source / WEIGHTS).unlink()
+    refused(base, source, f"has an adapter_config.json, but no weights ({WEIGHTS})")
+    (source / "adapter_config.json").unlink()
+    refused(base, source, "is no adapter, as it has no adapter_config.json")
+
+
+def test_a_folder_that_does_not_exist_yet(base, monkeypatch, tmp_path):
+    """`make space` before `make demo`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in ("runs/smollm2-135m-reflora", "runs/of/mine", str(tmp_path / "absent")):
+        refused(base, source, f"x: there is no folder {source} here", "Train it first, or set ADAPTERS")
+
+
+def test_weights_in_pytorchs_format(base, tmp_path):
+    source = Path(save_adapter(tmp_path / "adapter"))
+    torch.save(load_file(source / WEIGHTS), source / "adapter_model.bin")
+    expected = last(Engine(base, {"x": str(source)}).compare("Hello", "x", Settings(max_new_tokens=8)))
+    (source / WEIGHTS).unlink()
+    answers = last(Engine(base, {"x": str(source)}).compare("Hello", "x", Settings(max_new_tokens=8)))
+    assert [side.text for side in answers] == [side.text for side in expected]
+    assert answers[0].text != answers[1].text
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": {"embed_tokens": [260, 261]}},
+        {"trainable_token_indices": {"embed_tokens": [260, 261]}, "modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda config: "+".join(config) or "saved embeddings",
+)
+def test_tokens_that_were_added_for_the_training_are_named(tmp_path, tied, config):
+    """As TRL's clone_chat_template adds them."""
+    tiny.save(tmp_path / "base", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(262)
+    source = save_adapter(tmp_path / "adapter", model=model, **config)
+    refused(str(tmp_path / "base"), source, "a vocabulary of 262 tokens, the base model has 260", "tokens were added")
+
+
+def test_tokens_past_the_rows_of_the_base_are_named(base, tmp_path):
+    """Also where the adapter's file has no copy of the resized embeddings."""
+    source = Path(save_adapter(tmp_path / "adapter", trainable_token_indices=[250, 259]))
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config["trainable_token_indices"] = [250, 263]
+    (source / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused(base, source, "a vocabulary of 264 tokens, the base model has 260")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_the_bases_embeddings_leaves_the_base_as_it_is(base, tmp_path, dtype):
+    """PEFT saves one beside an adapter of the embeddings; in 16 bits it is rounded."""
+    source = save_adapter(tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    path = Path(source) / WEIGHTS
+    weights = load_file(path)
+    [copy] = [key for key in weights if key.endswith("embed_tokens.base_layer.weight")]
+    weights[copy] = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach().to(dtype)
+    save_file(weights, path)
+    engine = Engine(base, {"x": source})
+    pristine = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert torch.equal(engine.model.get_input_embeddings().base_layer.weight, pristine.get_input_embeddings().weight)
+    weights[copy][5] += 1
+    save_file(weights, path)
+    refused(base, source, "has model.embed_tokens.weight of the base model with other values", "modules_to_save")
+
+
+def test_an_encoder_decoder_base_is_refused(base, tmp_path):
+    config = T5Config(vocab_size=260, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    refused(str(tmp_path / "t5"), save_adapter(tmp_path / "adapter"), "is an encoder-decoder model (t5)")
+
+
+def test_a_base_without_a_head_is_refused(tmp_path):
+    LlamaForSequenceClassification(tiny.llama().config).save_pretrained(tmp_path / "classifier")
+    source = save_adapter(tmp_path / "adapter")
+    refused(str(tmp_path / "classifier"), source, "lacks 1 weights", "lm_head.weight; they would be random")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "library"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ({"quant_method": "gptq"}, "optimum")],
+    ids=["bitsandbytes", "gptq"],
+)
+def test_a_quantized_base_names_the_library_that_is_missing(tmp_path, monkeypatch, quantization, library):
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    tiny.save(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": {"bits": 4, **quantization}}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    message = ["is quantized and cannot be loaded here", library, "requirements.txt, or set BASE_MODEL"]
+    refused(str(tmp_path / "base"), save_adapter(tmp_path / "adapter"), *message)
+
+
+def test_an_unknown_dtype_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="DTYPE must be one of auto, float32, bfloat16, float16, not 'int4'"):
+        Engine(base, {"x": save_adapter(tmp_path / "adapter")}, dtype="int4")
+
+
+def test_a_base_of_another_name_is_noted(base, tmp_path):
+    """It may be the same model, so it is shown."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    source = save_adapter(tmp_path / "adapter", model=model)
+    assert Engine(base, {"x": source}).notes == {"x": []}
+    shutil.copytree(base, tmp_path / "moved" / "base")
+    assert Engine(str(tmp_path / "moved" / "base"), {"x": source}).notes == {"x": []}
+    shutil.copytree(base, tmp_path / "other")
+    [note] = Engine(str(tmp_path / "other"), {"x": source}).notes["x"]
+    assert note == f"The adapter was trained from {base}, and is shown with {tmp_path / 'other'}."
+
+
+def test_loading_is_pefts(base, tmp_path):
+    """Every weight of every adapter, and of the base model."""
+    sources = {str(i): save_adapter(tmp_path / str(i), init_lora_weights="gaussian") for i in range(2)}
+    ours = Engine(base, sources).model.state_dict()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, sources["0"], adapter_name="adapter0")
+    model.load_adapter(sources["1"], adapter_name="adapter1")
+    theirs = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
