@@ -6,7 +6,7 @@ from space_server import models
 from hf_reflora.hub.space import fill
 
 
-VARIABLES = ("BASE_MODEL", "ADAPTERS", "SYSTEM_PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "SEED")
+VARIABLES = ("BASE_MODEL", "ADAPTERS", "SYSTEM_PROMPT", "MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P", "SEED", "DTYPE")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,23 @@ def test_a_card_is_shown_without_its_front_matter(app, tmp_path, front_matter):
     """Whatever is in it."""
     (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n# A card\n\n---\nThe end.", encoding="utf-8")
     assert app.Results(str(tmp_path)).card.strip() == "# A card\n\n---\nThe end."
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ({}, "0 tokens …"),
+        ({"tokens": 1, "first_token_seconds": 0.26}, "1 token, first after 0.3 s …"),
+        ({"tokens": 41, "seconds": 2.0, "first_token_seconds": 0.26}, "41 tokens, 20.0 tokens/s, first after 0.3 s …"),
+        ({"ended": "end of text", "first_token_seconds": 1}, "0 tokens, first after 1.0 s · end of text"),
+    ],
+)
+def test_the_line_under_an_answer(app, answer, line):
+    assert app.describe(app.Answer(**answer)) == line
+
+
+def test_the_ways_are_measured_before_the_first_visitor(app):
+    assert app.ENGINE._uses_mixed_batch.keys() == app.ADAPTERS.keys()
 
 
 def test_differences_put_both_answers_together(app):
