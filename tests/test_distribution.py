@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from hf_reflora.hub.space import FILES
+
 
 pytestmark = pytest.mark.release
 ROOT = Path(__file__).parent.parent
@@ -47,12 +49,11 @@ def test_the_wheel_has_the_package_and_the_shipped_files(built, tracked):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.split("/")[0].endswith(".dist-info")}
     package = {name for name in tracked if name.startswith("hf_reflora/")}
     recipes = {name.removeprefix("recipes/") for name in tracked if name.startswith("recipes/")} - {"README.md"}
-    space = {"README.md", "app.py", "engine.py", "results.py", "requirements.txt"}
     assert "data/README.md" in recipes  # the data's licence
     assert names == {
         *package,
         *(f"hf_reflora/recipes/files/{name}" for name in recipes),
-        *(f"hf_reflora/before_after/{name}" for name in space),
+        *(f"hf_reflora/before_after/{name}" for name in FILES),
     }
 
 

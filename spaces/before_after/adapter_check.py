@@ -31,7 +31,7 @@ def read_config(name: str, source: str, folder: str) -> PeftConfig:
 def _check_kind(name: str, source: str, kind: str | None) -> None:
     # Other methods ignore adapter_names, and the base's side would be the adapter's.
     if kind != "LORA":
-        how = f": hf-reflora export {source}" if kind == "LORASB" else ""
+        how = f": hf-reflora export {source} FOLDER" if kind == "LORASB" else ""
         raise ValueError(f"{name}: this page shows LoRA adapters, {source} is {kind}. Export it to a LoRA{how}.")
 
 
