@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .outcomes import Best, Outcome, settings_of
 from .plan import Sweep
@@ -53,14 +53,14 @@ def draw_learning_rates(axes: "Axes", sweep: Sweep, outcomes: list[Outcome]) -> 
                 by_rate[runs[0].choice["learning_rate"]].append(runs)
         pick = max if sweep.maximizes else min
         chosen = {
-            rate: pick(settings, key=lambda runs: statistics.mean(o.value for o in runs))
+            rate: pick(settings, key=lambda runs: statistics.mean(o.number for o in runs))
             for rate, settings in sorted(by_rate.items())
         }
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        means = [statistics.mean(o.value for o in runs) for runs in chosen.values()]
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        means = [statistics.mean(o.number for o in runs) for runs in chosen.values()]
         axes.plot(list(chosen), means, label=method.name, markersize=6, **style)
         for rate, runs in chosen.items():
-            axes.scatter([rate] * len(runs), [o.value for o in runs], s=12, alpha=0.5, **style)
+            axes.scatter([rate] * len(runs), [o.number for o in runs], s=12, alpha=0.5, **style)
     axes.set(xscale="log", xlabel="learning rate", ylabel=_label(sweep.metric))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -44,6 +44,13 @@ class Outcome:
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def number(self) -> float:
+        """The value of a run that finished."""
+        if self.value is None:
+            raise ValueError(f"The run {self.id} did not finish: {self.status}.")
+        return self.value
+
+    @property
     def setting(self) -> dict[str, Any]:
         """The options in which the runs of the method differ, without the seed."""
         return {name: value for name, value in self.choice.items() if name != "seed"}
@@ -133,7 +140,7 @@ class Best:
 
     @property
     def mean(self) -> float:
-        return statistics.mean(outcome.value for outcome in self.outcomes)
+        return statistics.mean(outcome.number for outcome in self.outcomes)
 
 
 def settings_of(outcomes: list[Outcome]) -> list[list[Outcome]]:
@@ -154,7 +161,7 @@ def best_of(sweep: Sweep, outcomes: list[Outcome]) -> Best | None:
     for runs in settings_of([o for o in outcomes if o.status in FINAL]):
         chosen_by = [o for o in runs if o.choice.get("seed") not in sweep.fresh_seeds]
         if chosen_by and all(o.value is not None for o in chosen_by):
-            mean = statistics.mean(o.value for o in chosen_by)
+            mean = statistics.mean(o.number for o in chosen_by)
             candidates.append((-mean if sweep.maximizes else mean, runs, chosen_by))
     if not candidates:
         return None

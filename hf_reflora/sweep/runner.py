@@ -6,6 +6,7 @@ import shutil
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import Trial, create_trial
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ class Runner:
         RuntimeError: by `run`, if another sweep is at work in the same folder.
     """
 
-    def __init__(self, sweep: Sweep, *, jobs: int = 1, budget: float | None = None, launcher: list[str] = ()):
+    def __init__(self, sweep: Sweep, *, jobs: int = 1, budget: float | None = None, launcher: Sequence[str] = ()):
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
         self.sweep, self.jobs, self.budget, self.launcher = sweep, jobs, budget, list(launcher)
@@ -106,7 +107,9 @@ class Runner:
         for cell in method.cells():
             if self.out_of_time:
                 return
-            distributions = {name: FloatDistribution(r.low, r.high, log=True) for name, r in method.ranges.items()}
+            distributions: dict[str, BaseDistribution] = {
+                name: FloatDistribution(r.low, r.high, log=True) for name, r in method.ranges.items()
+            }
             earlier = [
                 outcome
                 for outcome in outcomes_of(searched_runs(self.sweep, self.outcomes), self.outcomes)
@@ -122,7 +125,7 @@ class Runner:
             for outcome in earlier:
                 params = {name: outcome.choice[name] for name in distributions}
                 study.add_trial(create_trial(params=params, distributions=distributions, value=self._value(outcome)))
-            left = self.sweep.trials - len(earlier)
+            left = (self.sweep.trials or 0) - len(earlier)
             if left <= 0:
                 continue
 

@@ -4,8 +4,9 @@
 
 BASE_MODEL is an id on the Hub or a folder. ADAPTERS lists the adapters that visitors may choose, as ids, folders or
 name=id, separated by commas. Without these variables the page takes the `models` in README.md's front matter: first
-the base model, then the adapters. SYSTEM_PROMPT, MAX_NEW_TOKENS, TEMPERATURE, TOP_P and SEED set what the page's
-fields start with. DTYPE is the base model's: float32 (the default on a CPU), bfloat16, float16 or auto.
+the base model, then the adapters. SYSTEM_PROMPT, TEMPERATURE, TOP_P and SEED set what the page's fields start with,
+MAX_NEW_TOKENS the longest answer that visitors may ask for, and DTYPE the base model's: float32 (the default on a CPU),
+bfloat16, float16 or auto.
 """
 
 # ZeroGPU's package replaces parts of torch and must come before anything that imports torch. Elsewhere it is absent,
@@ -17,8 +18,10 @@ except ImportError:
 
 import asyncio
 import difflib
+import json
 import os
 import re
+import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +40,19 @@ LONGEST_PROMPT = 20_000  # characters
 SECONDS_BETWEEN_UPDATES = 0.1
 # Shown until there are differences, as the empty box that Gradio would show is not accessible.
 NO_DIFFERENCES_YET = [("They appear when both answers have ended.", None)]
+STOPPED = [("Stopped before both answers had ended.", None)]
+# Below this share of common words, marked words are no help to a reader.
+LEAST_IN_COMMON = 0.35
+USUAL_LENGTH = 128  # tokens; the page starts with it unless MAX_NEW_TOKENS is smaller
+LONGEST_GPU_CALL = 120  # seconds; ZeroGPU refuses calls of several minutes
 CSS = """
 footer {display: none !important}
 /* Gradio's code blocks scroll where the keyboard can't, and their colours are too pale. */
 #card pre, #card code {white-space: pre-wrap; overflow-wrap: anywhere}
 #card .token, #card a {color: inherit !important}
+/* The sides have the colours of the differences. */
+#base {border-top: 4px solid #eab308}
+#adapted {border-top: 4px solid #2563eb}
 """
 
 
@@ -61,6 +72,8 @@ def configured_models() -> tuple[str, dict[str, str]]:
     for entry in entries:
         name, equals, source = entry.partition("=")
         name, source = (name.strip(), source.strip()) if equals else (Path(entry).name, entry)
+        if not name or not source:
+            raise ValueError(f"ADAPTERS has the entry {entry!r}. Write name=id, or the id alone.")
         if name in adapters:
             raise ValueError(f"Two adapters are called {name}. Name them: ADAPTERS=first=org/a,second=org/b.")
         adapters[name] = source
@@ -68,12 +81,12 @@ def configured_models() -> tuple[str, dict[str, str]]:
 
 
 def configured_settings() -> Settings:
-    """What the page's fields and the API start with.
+    """What the page's fields and the API start with, with the longest answer that visitors may ask for.
 
     Raises:
         ValueError: if a variable is no number, or out of range.
     """
-    defaults = {"max_new_tokens": 128, "temperature": 0, "top_p": 1, "seed": 0}
+    defaults = {"max_new_tokens": 1024, "temperature": 0, "top_p": 1, "seed": 0}
     return settings_of(**{name: os.environ.get(name.upper()) or value for name, value in defaults.items()})
 
 
@@ -87,6 +100,7 @@ if not os.environ.get("SPACES_ZERO_GPU"):  # there is no GPU at the start there,
 RESULTS = {name: Results(source) for name, source in ADAPTERS.items()}
 SYSTEM_PROMPTS = {name: SYSTEM_PROMPT or results.system_prompt for name, results in RESULTS.items()}
 FIRST = next(iter(ADAPTERS))
+START_LENGTH = min(USUAL_LENGTH, DEFAULTS.max_new_tokens)
 # One visitor at a time has the model, and one thread runs it.
 MODEL_IS_BUSY = asyncio.Lock()
 MODEL_THREAD = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -94,7 +108,7 @@ MODEL_THREAD = ThreadPoolExecutor(1, thread_name_prefix="model")
 
 def duration(prompt: str, adapter: str, settings: Settings, system: str) -> int:
     """Seconds of a GPU to ask ZeroGPU for. It calls this with the arguments of `stream_answers`."""
-    return 15 + settings.max_new_tokens // 8
+    return min(15 + settings.max_new_tokens // 8, LONGEST_GPU_CALL)
 
 
 def stream_answers(prompt: str, adapter: str, settings: Settings, system: str) -> Iterator[tuple]:
@@ -113,18 +127,23 @@ if GPU is not None:
 async def compare(
     prompt: str,
     adapter: str = FIRST,
-    system: str = "",
-    max_new_tokens: float = DEFAULTS.max_new_tokens,
+    system: str | None = None,
+    max_new_tokens: float = START_LENGTH,
     temperature: float = DEFAULTS.temperature,
     top_p: float = DEFAULTS.top_p,
     seed: float = DEFAULTS.seed,
 ) -> AsyncIterator[tuple]:
-    """Both answers to a prompt as they grow: texts, lengths and speeds, and at the end their differences."""
-    system = system or ""
+    """Both answers to a prompt as they grow: texts, lengths and speeds, and at the end their differences.
+
+    Without `system` the adapter gets the system prompt of its training; "" is none.
+    """
+    system = SYSTEM_PROMPTS.get(adapter, "") if system is None else system
     # What a visitor can change is checked before a GPU is asked for.
     try:
         if len(prompt) + len(system) > LONGEST_PROMPT:
             raise CannotAnswer(f"The prompt is longer than {LONGEST_PROMPT:,} characters. Shorten it.")
+        if max_new_tokens > DEFAULTS.max_new_tokens:
+            raise CannotAnswer(f"The longest answer here is {DEFAULTS.max_new_tokens} tokens.")
         settings = settings_of(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         await asyncio.to_thread(ENGINE.encode_prompt, prompt, adapter, system)
     except CannotAnswer as error:
@@ -165,14 +184,19 @@ def describe(answer: Answer) -> str:
 def differences(base: str, adapted: str) -> list[tuple[str, str | None]]:
     """The words of both answers in one text, marked "base" or "adapter" where only one of them has them."""
     base_words, adapted_words = (re.findall(r"\w+\s*|[^\w\s]\s*|\s+", text) for text in (base, adapted))
+    if not base_words and not adapted_words:
+        return [("Both are empty.", None)]
+    matcher = difflib.SequenceMatcher(None, base_words, adapted_words)
+    if matcher.quick_ratio() < LEAST_IN_COMMON:
+        return [("The answers have next to nothing in common.", None)]
     parts = []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, base_words, adapted_words).get_opcodes():
+    for kind, a, b, c, d in matcher.get_opcodes():
         if kind == "equal":
             parts.append(("".join(base_words[a:b]), None))
             continue
         changes = ("".join(base_words[a:b]), "base"), ("".join(adapted_words[c:d]), "adapter")
         parts += [(text, side) for text, side in changes if text]
-    return parts or [("Both are empty.", None)]
+    return parts
 
 
 def validate(prompt: str | None, *others: Any) -> list[dict[str, Any]]:
@@ -191,42 +215,126 @@ async def stop_soon() -> float:
     return time.monotonic()
 
 
-def prompt_fields() -> tuple[gr.Textbox, gr.Dropdown]:
-    with gr.Row():
-        prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, autofocus=True, scale=4, elem_id="prompt")
-        adapter = gr.Dropdown(list(ADAPTERS), value=FIRST, label="Adapter", scale=1, min_width=300)
-    return prompt, adapter
+def readable(text: str) -> str:
+    """JSON on several lines, and any other text as it is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return json.dumps(value, indent=2, ensure_ascii=False) if isinstance(value, dict | list) else text
+
+
+def end(base: str, adapted: str) -> tuple:
+    """The page after both answers: JSON is shown so that people can read it."""
+    return *READY, readable(base), readable(adapted)
+
+
+def stopped(base_facts: str, adapted_facts: str, changes: Any) -> tuple:
+    """The page after Stop: nothing promises to go on."""
+    facts = [text.removesuffix(" …") for text in (base_facts or "", adapted_facts or "")]
+    unfinished = any(text != shown for text, shown in zip(facts, (base_facts, adapted_facts), strict=True))
+    changes = STOPPED if unfinished or not any(facts) else changes
+    return *READY, *facts, changes
+
+
+RECORDED = "as recorded by the training run"
+EMPTY = ("", "", "", "", NO_DIFFERENCES_YET)
+# Of Compare, Stop and the prompt, while no model answers.
+NO_REFERENCE = gr.update(value="", visible=False)
+READY = (gr.update(interactive=True), gr.update(visible=False), gr.update(interactive=True))
+
+
+def recorded(name: str, number: int) -> tuple:
+    """A held-out row of the adapter's training run, answered before and after it: prompt, answers, reference."""
+    example = RESULTS[name].examples[number]
+    answers = readable(example["before"]), readable(example["after"])
+    changes = differences(example["before"], example["after"])
+    return example["prompt"], *answers, RECORDED, RECORDED, changes, readable(example["reference"])
+
+
+def labels_of(name: str) -> list[str]:
+    """The examples' prompts, each with whether the answers before and after training are the reference."""
+    labels = []
+    for example in RESULTS[name].examples:
+        outcome = " ".join("✓" if example[when] == example["reference"] else "✗" for when in ("before", "after"))
+        outcome = f"{outcome.replace(' ', ' → ')}   " if example["reference"] else ""
+        labels.append(outcome + textwrap.shorten(example["prompt"], 70, placeholder=" …"))
+    return labels
+
+
+def heading(name: str) -> str:
+    """What is compared, and what changed."""
+    base, adapter = _link(BASE), _link(ADAPTERS[name])
+    lines = [f"{base} alone, and with the adapter {adapter}.", RESULTS[name].headline]
+    return "# Before and after the fine-tune\n\n" + "  \n".join(line for line in lines if line)
+
+
+def _link(source: str) -> str:
+    """A model's name as Markdown, linked if it is on the Hub."""
+    on_hub = "/" in source and not Path(source).exists()
+    return f"[{source}](https://huggingface.co/{source})" if on_hub else f"**{Path(source).name}**"
+
+
+def question_fields() -> tuple[gr.Textbox, gr.Dropdown, gr.Button, gr.Button]:
+    with gr.Row(equal_height=True):
+        # One line that grows: Gradio sends at Enter only if a field begins with one.
+        prompt = gr.Textbox(
+            SHOWN_FIRST[0],
+            label="Prompt",
+            lines=1,
+            max_lines=12,
+            autofocus=True,
+            scale=6,
+            min_width=300,
+            elem_id="prompt",
+            placeholder="Ask both. Enter sends, Shift+Enter begins a new line.",
+        )
+        several = len(ADAPTERS) > 1
+        adapter = gr.Dropdown(list(ADAPTERS), value=FIRST, label="Adapter", scale=2, min_width=220, visible=several)
+        run = gr.Button("Compare", variant="primary", scale=1, min_width=140, elem_id="run")
+        stop = gr.Button("Stop", variant="stop", visible=False, scale=1, min_width=80)
+    return prompt, adapter, run, stop
 
 
 def settings_fields() -> list[gr.components.Component]:
     """System prompt, length, temperature, top-p and seed, as `compare` takes them."""
     with gr.Accordion("System prompt and sampling", open=False):
-        system = gr.Textbox(SYSTEM_PROMPTS[FIRST], label="System prompt", lines=2, max_lines=8)
+        # Filled when the page loads: a value given here would be the API's default, for every adapter.
+        system = gr.Textbox(None, label="System prompt", lines=2, max_lines=8)
         with gr.Row():
-            length = gr.Slider(1, 4096, DEFAULTS.max_new_tokens, step=1, label="Longest answer, in tokens")
+            length = gr.Slider(1, DEFAULTS.max_new_tokens, START_LENGTH, step=1, label="Longest answer, in tokens")
             temperature = gr.Slider(0, 5, DEFAULTS.temperature, step=0.05, label="Temperature (0: likeliest token)")
             top_p = gr.Slider(0.05, 1, DEFAULTS.top_p, step=0.05, label="Top-p")
             seed = gr.Number(DEFAULTS.seed, label="Seed (the same luck for both)", precision=0, minimum=0)
-    return [system, length, temperature, top_p, seed]
+        with gr.Row():
+            again = gr.Button("Again with the next seed", size="sm")
+            share = gr.Button("Copy a link to this question", size="sm")
+    return [system, length, temperature, top_p, seed, again, share]
 
 
 def answer_fields() -> list[gr.components.Component]:
-    """Both texts, both lines of facts and the differences, as `compare` yields them."""
+    """Both texts, both lines of facts, the differences, as `compare` yields them, and the reference."""
+    _, base, adapted, base_facts, adapted_facts, changes, reference = SHOWN_FIRST
+    sides = []
     with gr.Row():
-        with gr.Column(min_width=320):
-            base_text = gr.Textbox(label="Base model", lines=8, buttons=["copy"], elem_id="base")
-            base_facts = gr.Markdown(label="Base model: length and speed")
-        with gr.Column(min_width=320):
-            adapted_text = gr.Textbox(label="With the adapter", lines=8, buttons=["copy"], elem_id="adapted")
-            adapted_facts = gr.Markdown(label="Adapter: length and speed")
+        for label, element, text, facts in (
+            (f"Base model: {Path(BASE).name}", "base", base, base_facts),
+            ("With the adapter", "adapted", adapted, adapted_facts),
+        ):
+            with gr.Column(min_width=320):
+                field = gr.Textbox(text, label=label, lines=5, max_lines=20, buttons=["copy"], elem_id=element)
+                sides.append((field, gr.Markdown(facts, label=f"{label}: length and speed")))
     changes = gr.HighlightedText(
-        NO_DIFFERENCES_YET,
+        changes,
         label="Differences",
         color_map={"base": "yellow", "adapter": "blue"},
         show_legend=True,
         combine_adjacent=False,
     )
-    return [base_text, adapted_text, base_facts, adapted_facts, changes]
+    reference = gr.Textbox(
+        reference, label="Reference of this held-out row", lines=1, max_lines=12, visible=bool(reference)
+    )
+    return [*(field for field, _ in sides), *(facts for _, facts in sides), changes, reference]
 
 
 def training_fields() -> list[gr.components.Component]:
@@ -248,31 +356,108 @@ def training_fields() -> list[gr.components.Component]:
     return [about, scores, curve, card, card_text]
 
 
-def show_adapter(name: str, system: str):
-    """What the page shows after a visitor has chosen another adapter.
-
-    The answers of the old one are cleared. The system prompt becomes the new one's, unless the visitor has typed one.
-    """
+def about(name: str) -> tuple:
+    """What the page shows of an adapter: the heading, the examples and its training."""
     results = RESULTS[name]
-    system = SYSTEM_PROMPTS[name] if system in SYSTEM_PROMPTS.values() else system
+    examples = gr.Dataset(
+        samples=[[number] for number in range(len(results.examples))],
+        sample_labels=labels_of(name),
+        visible=bool(results.examples),
+    )
     scores = gr.Dataframe(results.scores, visible=bool(results.scores))
     curve = gr.LinePlot(results.losses, visible=not results.losses.empty)
     card = gr.Accordion(visible=bool(results.card))
-    return system, results.text, scores, curve, card, results.card, "", "", "", "", NO_DIFFERENCES_YET
+    return heading(name), examples, results.text, scores, curve, card, results.card
+
+
+def show_adapter(name: str, shown: str, system: str | None) -> tuple:
+    """The page after a visitor has chosen another adapter than the one that is `shown`.
+
+    The answers of the old one are cleared. The system prompt becomes the new one's, unless the visitor has typed one.
+    """
+    if name == shown:  # the page itself has set it, for a visitor who came by a link
+        return (gr.skip(),) * 18
+    system = SYSTEM_PROMPTS[name] if system is None or system in SYSTEM_PROMPTS.values() else system
+    return *about(name), system, *EMPTY, NO_REFERENCE, *READY, name
+
+
+def show_example(name: str, number: int) -> tuple:
+    """The page after a visitor has chosen a held-out row."""
+    prompt, *shown, reference = recorded(name, number)
+    prompt, reference = gr.update(value=prompt, interactive=True), gr.update(value=reference, visible=bool(reference))
+    return prompt, *shown, reference, *READY[:2]
+
+
+def arrive(request: gr.Request) -> tuple:
+    """What changes on the page for a visitor who comes by a link to a question: `?prompt=…&adapter=…&seed=…`."""
+    query = dict(request.query_params)
+    adapter = query["adapter"] if query.get("adapter") in ADAPTERS else FIRST
+    system = query.get("system", SYSTEM_PROMPTS[adapter])[:LONGEST_PROMPT]
+    numbers = {"max_new_tokens": START_LENGTH, "temperature": DEFAULTS.temperature, "top_p": DEFAULTS.top_p}
+    numbers = {**numbers, "seed": DEFAULTS.seed}
+    try:
+        settings = settings_of(**{name: query.get(name, value) for name, value in numbers.items()})
+    except CannotAnswer:
+        settings = settings_of(**numbers)
+    length = min(settings.max_new_tokens, DEFAULTS.max_new_tokens)
+    fields = adapter, adapter, system, length, settings.temperature, settings.top_p, settings.seed
+    if "prompt" not in query:
+        return *fields, *[gr.skip()] * 14
+    return *fields, query["prompt"][:LONGEST_PROMPT], *EMPTY, NO_REFERENCE, *about(adapter)
+
+
+# What a link to a question has. The page's own address is known to the browser only.
+COPY_LINK = """(prompt, adapter, system, max_new_tokens, temperature, top_p, seed) => {
+    const values = {prompt, adapter, system, max_new_tokens, temperature, top_p, seed};
+    const url = new URL(window.location.href);
+    url.search = new URLSearchParams(values).toString();
+    navigator.clipboard.writeText(url.toString());
+}"""
+# At once, before the question has left the browser: without the answers to an older question, with Stop instead of
+# Compare, and with the answers in view, which on a phone are below the fold.
+BEGIN = """(prompt, seed) => {
+    const set = (properties) => ({...properties, __type__: 'update'});
+    if (!(prompt || '').trim() || seed === null) return Array(8).fill(set({}));
+    document.querySelector('#base').scrollIntoView({behavior: 'smooth', block: 'nearest'});
+    const waiting = [{token: 'They appear when both answers have ended.', class_or_confidence: null}];
+    return [
+        set({interactive: false}), set({visible: true}), set({interactive: false}),
+        ...['', '', '', ''].map((value) => set({value})), set({value: waiting}),
+    ];
+}"""
+# At temperature 0 every seed gives the same answer.
+NEXT_SEED = """(seed, temperature) => {
+    setTimeout(() => document.querySelector('#run').click(), 100);
+    return [(seed ?? 0) + 1, temperature || 0.7];
+}"""
+
+
+# What a visitor sees first: a held-out row, already answered.
+SHOWN_FIRST = recorded(FIRST, 0) if RESULTS[FIRST].examples else ("", *EMPTY, "")
 
 
 def page() -> gr.Blocks:
     with gr.Blocks(title="Before and after the fine-tune", analytics_enabled=False) as blocks:
-        gr.Markdown("# Before and after\n\nOne prompt, the base model and a LoRA adapter of it, side by side.")
-        prompt, adapter = prompt_fields()
-        with gr.Row():
-            run = gr.Button("Compare", variant="primary")
-            stop = gr.Button("Stop", variant="stop")
-        settings = settings_fields()
-        outputs = answer_fields()
-        if RESULTS[FIRST].examples:
-            rows = [[text] for text in RESULTS[FIRST].examples]
-            gr.Examples(rows, inputs=[prompt], label="Examples: held-out rows")
+        title = gr.Markdown(heading(FIRST), elem_id="title")
+        prompt, adapter, run, stop = question_fields()
+        examples = gr.Dataset(
+            components=[gr.Number(visible=False)],
+            samples=[[number] for number in range(len(RESULTS[FIRST].examples))],
+            sample_labels=labels_of(FIRST),
+            label="Held-out rows, before → after training",
+            type="index",
+            visible=bool(RESULTS[FIRST].examples),
+        )
+        *outputs, reference = answer_fields()
+        *settings, again, share = settings_fields()
+        _, _, temperature, _, seed = settings
+        of_adapter = [title, examples, *training_fields()]
+        buttons = [run, stop, prompt]
+
+        # What happens in the browser or outside the queue is no part of the API. Outside, because Stop would wait
+        # behind the answer that it shall stop.
+        hidden = {"queue": False, "api_visibility": "private"}
+        gr.on([run.click, prompt.submit], None, [prompt, seed], [*buttons, *outputs], js=BEGIN, **hidden)
         comparison = gr.on(
             [run.click, prompt.submit],
             compare,
@@ -284,17 +469,27 @@ def page() -> gr.Blocks:
             concurrency_id="model",
             show_progress="minimal",
         )
-        # Outside the queue, or Stop would wait behind the answer that it shall stop; and no part of the API.
-        hidden = {"queue": False, "api_visibility": "private"}
+        # After an error or Stop the answers stay as they are.
+        comparison.success(end, outputs[:2], [*buttons, *outputs[:2]], **hidden)
+        comparison.failure(lambda: READY, None, buttons, **hidden)
         # Gradio's `cancels` works on an event of a component and not on a `then`: a change of this field stops.
         stop_signal = gr.Number(visible="hidden")
         stop_signal.change(None, cancels=[comparison], **hidden)
-        stop.click(stop_soon, None, stop_signal, **hidden)
-        training = training_fields()
-        system = settings[0]
-        shown = [system, *training, *outputs]
-        adapter.change(stop_soon, None, stop_signal, **hidden).then(show_adapter, [adapter, system], shown, **hidden)
-        gr.DeepLinkButton("Share the last comparison")
+        stop_event = stop.click(stop_soon, None, stop_signal, **hidden)
+        stop_event.then(stopped, outputs[2:], [*buttons, *outputs[2:]], **hidden)
+        # `change` fires, too, when the page itself sets the adapter; `input` also when a visitor leaves the field, and
+        # `select` not for the keyboard.
+        shown_adapter = gr.State(FIRST)
+        chosen = adapter.change(stop_soon, None, stop_signal, **hidden)
+        changed = [*of_adapter, settings[0], *outputs, reference, *buttons, shown_adapter]
+        chosen.then(show_adapter, [adapter, shown_adapter, settings[0]], changed, **hidden)
+        shown = examples.click(stop_soon, None, stop_signal, **hidden)
+        shown.then(show_example, [adapter, examples], [prompt, *outputs, reference, run, stop], **hidden)
+        prompt.input(None, None, reference, js="() => ({visible: false, __type__: 'update'})", **hidden)
+        again.click(None, [seed, temperature], [seed, temperature], js=NEXT_SEED, **hidden)
+        share.click(None, [prompt, adapter, *settings], None, js=COPY_LINK, **hidden)
+        arriving = [adapter, shown_adapter, *settings, prompt, *outputs, reference, *of_adapter]
+        blocks.load(arrive, None, arriving, show_progress="hidden", **hidden)
     return blocks
 
 
@@ -306,5 +501,23 @@ demo = page().queue(max_size=QUEUE_SIZE, api_open=False)
 if __name__ == "__main__":
     # Monochrome is the one theme of Gradio's whose colours have enough contrast. show_error would show visitors the
     # text of any exception, with paths of this machine; a gr.Error is shown anyway.
-    theme = gr.themes.Monochrome(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    demo.launch(theme=theme, css=CSS, show_error=False, ssr_mode=False)
+    theme = gr.themes.Monochrome(
+        primary_hue="blue", spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    ).set(
+        button_primary_background_fill="#1d4ed8",
+        button_primary_background_fill_hover="#1e3a8a",
+        button_primary_background_fill_dark="#1d4ed8",
+        button_primary_background_fill_hover_dark="#1e3a8a",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#1c1f26",
+    )
+    # Nobody uploads anything here, and what visitors ask is nobody else's: no monitoring, no history in the browser.
+    demo.launch(
+        theme=theme,
+        css=CSS,
+        show_error=False,
+        ssr_mode=False,
+        max_file_size=1,
+        enable_monitoring=False,
+        run_history=False,
+    )

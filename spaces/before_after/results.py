@@ -19,9 +19,10 @@ class Results:
 
     Attributes:
         text: A line on its training, Markdown.
+        headline: Its scores before and after in a line, Markdown; may be empty.
         scores: [name, before, after] of each score on held-out rows; may be empty.
         losses: Columns step and loss; may be empty.
-        examples: Held-out prompts; may be empty.
+        examples: Held-out rows with "prompt", "before", "after" and "reference"; may be empty.
         system_prompt: The one it was trained with, or "".
         card: The card of an adapter in a folder, without its front matter; "" for one on the Hub, which is linked.
     """
@@ -29,24 +30,32 @@ class Results:
     def __init__(self, source: str):
         try:
             self._read(_record(source), source)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             # Anybody may have a file of this name, with anything in it: it is then no run record.
             self._read({}, source)
 
     def _read(self, record: dict[str, Any], source: str) -> None:
-        scores = record.get("scores", {})
-        before, after = scores.get("before", {}), scores.get("after", {})
+        scores = record.get("scores") or {}
+        before, after = scores.get("before") or {}, scores.get("after") or {}
         self.scores = [
             [name.replace("_", " "), round(before[name], 3), round(after[name], 3)] for name in before if name in after
         ]
-        points = [(entry["step"], float(entry["loss"])) for entry in record.get("log", []) if "loss" in entry]
+        points = [(entry["step"], float(entry["loss"])) for entry in record.get("log") or [] if "loss" in entry]
         self.losses = pd.DataFrame(points, columns=["step", "loss"])
-        self.examples = [example["prompt"] for example in record.get("examples", [])][:MAX_EXAMPLES]
-        self.system_prompt = record.get("arguments", {}).get("system_prompt", "")
-        rows = f" Scores on {scores['rows']} evaluation rows." if scores.get("rows") else ""
+        examples = (record.get("examples") or [])[:MAX_EXAMPLES]
+        self.examples = [
+            {name: str(example.get(name) or "") for name in ("prompt", "before", "after", "reference")}
+            for example in examples
+            if example["prompt"]
+        ]
+        self.system_prompt = (record.get("arguments") or {}).get("system_prompt") or ""
+        rows = f" on {scores['rows']:,} held-out rows" if scores.get("rows") else ""
+        shown = [f"**{name}** {old:.2f} → **{new:.2f}**" for name, old, new in self.scores if name != "loss"]
+        self.headline = " · ".join(shown[:3]) + rows if shown else ""
         is_local = Path(source).exists()
         where = "" if is_local else f" [Its card](https://huggingface.co/{source})."
-        self.text = f"Trained with {record['method']}.{rows}{where}" if record else f"It has no run record.{where}"
+        data = f" on {Path(str(record['dataset'])).name}" if record.get("dataset") else ""
+        self.text = f"Trained with {record['method']}{data}.{where}" if record else f"It has no run record.{where}"
         self.card = _card(Path(source) / "README.md") if is_local else ""
 
 

@@ -54,6 +54,29 @@ def test_variables_go_before_the_front_matter(app, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "a/x,b/x")
     with pytest.raises(ValueError, match="Two adapters are called x"):
         app.configured_models()
+    for entry in ("=org/a", "name=", "="):
+        monkeypatch.setenv("ADAPTERS", entry)
+        with pytest.raises(ValueError, match="Write name=id, or the id alone"):
+            app.configured_models()
+
+
+def test_a_record_without_a_system_prompt(app, tmp_path):
+    (tmp_path / "run_record.json").write_text('{"method": "lora", "arguments": {"system_prompt": null}}')
+    assert app.Results(str(tmp_path)).system_prompt == ""
+
+
+def test_a_gpu_call_is_never_longer_than_zero_gpu_takes(app):
+    for length in (1, 128, 4096):
+        settings = app.settings_of(max_new_tokens=length, temperature=0, top_p=1, seed=0)
+        assert 15 <= app.duration("Hello", "first", settings, "") <= 120
+
+
+def test_the_owner_limits_the_answers(app):
+    """MAX_NEW_TOKENS is not set here: 1024."""
+    fields = app.settings_fields
+    with app.gr.Blocks():
+        length = fields()[1]
+    assert (length.maximum, length.value) == (1024, 128)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +87,8 @@ def test_variables_go_before_the_front_matter(app, monkeypatch):
         '{"scores": []}',
         '{"log": []}',
         '{"method": 1, "examples": [{}]}',
-        '{"scores": {"before": {"a": null}}}',
+        '{"scores": {"before": {"a": null}, "after": {"a": 1}}, "method": "x"}',
+        "[" * 100_000,
     ],
 )
 def test_a_run_record_of_somebody_else_is_no_run_record(app, tmp_path, record):
@@ -105,6 +129,7 @@ def test_differences_put_both_answers_together(app):
     assert "".join(text for text, who in parts if who != "base") == adapted
     assert app.differences("so", "so") == [("so", None)]
     assert app.differences("", "") == [("Both are empty.", None)]
+    assert app.differences("one two three", '{"name": "x"}') == [("The answers have next to nothing in common.", None)]
 
 
 def test_without_a_variable_the_system_prompt_is_the_records(app):

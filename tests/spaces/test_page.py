@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from space_server import Space
+from space_server import ANSWERS, EXAMPLES, Space
 
 
 gradio_client = pytest.importorskip("gradio_client")
@@ -328,6 +328,7 @@ def test_a_waiting_visitor_sees_the_place_in_the_queue_and_may_leave_it(page, cl
 
 @browser_test
 def test_an_error_is_said_at_its_place(page):
+    page.locator("#prompt textarea").fill("")
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("Type a prompt first.").first.wait_for()
     compare(page, "x" * 5000)
@@ -414,6 +415,93 @@ def test_a_missing_seed_is_said_at_its_field(page):
 
 
 @browser_test
+def test_a_visitor_sees_a_finished_comparison_at_once(page):
+    """The first held-out row as the training run answered it, with its reference and what changed."""
+    assert page.locator("#prompt textarea").input_value() == EXAMPLES[0]
+    assert text_of(page, "base") == ANSWERS[0]["before"]
+    assert json.loads(text_of(page, "adapted")) == json.loads(ANSWERS[0]["after"])
+    assert "\n" in text_of(page, "adapted")  # JSON on several lines
+    reference = page.get_by_label("Reference of this held-out row")
+    assert json.loads(reference.input_value()) == json.loads(ANSWERS[0]["reference"])
+    page.get_by_text("The answers have next to nothing in common.").wait_for()
+    page.get_by_text("exact 0.00 → 0.50 on 4 held-out rows").wait_for()
+    page.get_by_role("button", name="✗ → ✓").wait_for()
+    page.get_by_role("button", name="✗ → ✗").click()
+    page.wait_for_function("document.querySelector('#adapted textarea').value == 'Hello, friend'")
+    assert page.locator("#prompt textarea").input_value() == EXAMPLES[1]
+    assert reference.input_value() == "Goodbye"
+    page.locator("#prompt textarea").press_sequentially(", else")
+    reference.wait_for(state="hidden")
+
+
+@browser_test
+def test_while_the_models_answer_stop_takes_the_place_of_compare(page):
+    stop, run = page.get_by_role("button", name="Stop"), page.get_by_role("button", name="Compare")
+    assert stop.count() == 0
+    compare(page, tokens=4000)
+    stop.wait_for()
+    assert run.is_disabled()
+    assert text_of(page, "base") != ANSWERS[0]["before"]  # gone at once
+    assert page.locator("#prompt textarea").is_disabled()  # a second question would be lost
+    page.wait_for_function("document.querySelector('#adapted textarea').value.length > 0", timeout=60_000)
+    stop.click()
+    stop.wait_for(state="hidden")
+    page.get_by_text("Stopped before both answers had ended.").wait_for()
+    assert run.is_enabled()
+    assert page.get_by_text("tokens/s …").count() == 0
+    compare(page, "x" * 5000)
+    page.get_by_text("tokens long; the model takes 4095").wait_for(timeout=60_000)
+    page.wait_for_function("!document.querySelector('#run').disabled")
+    assert text_of(page, "base") == ""
+
+
+@browser_test
+def test_a_link_brings_the_question_along(page, space):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#prompt textarea").fill("Is this & that = 1?")
+    page.get_by_role("button", name="System prompt and sampling").click()
+    page.get_by_label("Seed (the same luck for both)").fill("7")
+    page.get_by_role("button", name="Copy a link to this question").click()
+    page.wait_for_timeout(500)
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link.startswith(space.url)
+    page.goto(link.replace("adapter=first", "adapter=second"))
+    page.wait_for_function("document.querySelector('#prompt textarea')?.value == 'Is this & that = 1?'")
+    page.get_by_text("and with the adapter second").wait_for()
+    assert text_of(page, "base") == ""
+    page.get_by_role("button", name="System prompt and sampling").click()
+    assert page.get_by_label("Seed (the same luck for both)").input_value() == "7"
+    page.get_by_role("button", name="Again with the next seed").click()
+    wait_for_end(page)
+    assert page.get_by_label("Seed (the same luck for both)").input_value() == "8"
+
+
+def test_an_adapter_gets_its_own_system_prompt_over_the_api(client):
+    """The first adapter's is "Be brief."; the second has none."""
+
+    def ask(adapter, **system):
+        return client.predict("Hello", adapter, max_new_tokens=8, **system, api_name="/compare")[:2]
+
+    assert ask("first") == ask("first", system="Be brief.") != ask("first", system="")
+    assert ask("second") == ask("second", system="") != ask("second", system="Be brief.")
+
+
+def test_nothing_is_kept_of_visitors(space):
+    """No uploads, no monitoring, no history of runs."""
+    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.txt\r\n\r\nhello\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{space.url}gradio_api/upload", boundary, headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 413
+    for path in ("monitoring", "monitoring/summary"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{space.url}gradio_api/{path}", timeout=10)
+        assert refused.value.code in (403, 404)
+    assert json.load(urllib.request.urlopen(f"{space.url}config", timeout=10))["run_history"] is False
+
+
+@browser_test
 def test_html_in_a_prompt_stays_text(page):
     compare(page, "<img src=x onerror=\"document.title='hacked'\"> **bold**", tokens=6)
     wait_for_end(page)
@@ -451,8 +539,12 @@ def test_axe_finds_nothing(page):
 @browser_test
 def test_it_is_used_by_keyboard_alone(page):
     page.locator("#prompt textarea").focus()
+    page.locator("#prompt textarea").fill("")
     page.keyboard.type("Hello")
     page.keyboard.press("Shift+Enter")
+    page.keyboard.type("again")
+    assert page.locator("#prompt textarea").input_value() == "Hello\nagain"
+    page.keyboard.press("Enter")
     page.get_by_text("tokens/s").nth(1).wait_for(timeout=60_000)
 
 

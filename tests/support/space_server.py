@@ -14,6 +14,14 @@ import tiny
 
 APP = Path(__file__).parents[2] / "spaces" / "before_after" / "app.py"
 EXAMPLES = ["2 + 2 =", "Hello"]
+ANSWERS = [
+    {
+        "before": "It is five",
+        "after": '{"name": "add", "arguments": {}}',
+        "reference": '{"name": "add", "arguments": {}}',
+    },
+    {"before": "Hello, you", "after": "Hello, friend", "reference": "Goodbye"},
+]
 LONGEST = 4096  # tokens: an answer of that length lasts far longer than a slow machine takes to stop one
 CARD = """---
 license: mit
@@ -51,7 +59,7 @@ def models(root: Path) -> tuple[Path, dict[str, Path]]:
         "method": "reflora",
         "scores": {"rows": 4, "before": {"exact": 0.0}, "after": {"exact": 0.5}},
         "log": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}],
-        "examples": [{"prompt": text} for text in EXAMPLES],
+        "examples": [{"prompt": text, **ANSWERS[i]} for i, text in enumerate(EXAMPLES)],
         "arguments": {"system_prompt": "Be brief."},
     }
     (adapters["first"] / "run_record.json").write_text(json.dumps(record), encoding="utf-8")
@@ -73,7 +81,8 @@ class Space:
         self.url = f"http://127.0.0.1:{port}/"
         self._command = [python, str(app)]
         self._environment = {"BASE_MODEL": str(base), "ADAPTERS": listed, "GRADIO_SERVER_PORT": port}
-        self._environment |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_ANALYTICS_ENABLED": "False"} | environment
+        self._environment |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_ANALYTICS_ENABLED": "False"}
+        self._environment |= {"MAX_NEW_TOKENS": str(LONGEST)} | environment
 
     def __enter__(self):
         with open(self._log, "w") as log:
