@@ -5,8 +5,8 @@
 BASE_MODEL is an id on the Hub or a folder. ADAPTERS lists the adapters that visitors may choose, as ids, folders or
 name=id, separated by commas. Without these variables the page takes the `models` in README.md's front matter: first
 the base model, then the adapters. SYSTEM_PROMPT, TEMPERATURE, TOP_P and SEED set what the page's fields start with,
-MAX_NEW_TOKENS the longest answer that visitors may ask for, and DTYPE the base model's: float32 (the default on a CPU),
-bfloat16, float16 or auto.
+MAX_NEW_TOKENS the longest answer that visitors may ask for, and DTYPE the base model's: float32 (the default on a
+CPU), bfloat16, float16 or auto.
 """
 
 # ZeroGPU's package replaces parts of torch and must come before anything that imports torch. Elsewhere it is absent,
@@ -265,7 +265,7 @@ def labels_of(name: str) -> list[str]:
 def heading(name: str) -> str:
     """What is compared, and what changed."""
     base, adapter = _link(BASE), _link(ADAPTERS[name])
-    lines = [f"{base} alone, and with the adapter {adapter}.", RESULTS[name].headline]
+    lines = [f"{base} alone, and with the adapter {adapter}.", RESULTS[name].headline, *ENGINE.notes.get(name, [])]
     return "# Before and after the fine-tune\n\n" + "  \n".join(line for line in lines if line)
 
 
