@@ -59,32 +59,35 @@ def check_adapter(name: str, source: str, config: PeftConfig) -> None:
             raise ValueError(f"{name}: this page can't show adapters with {setting}, and {source} has it.")
 
 
-def check_new_tokens(
+def trained_vocabulary(
     name: str,
     source: str,
     config: PeftConfig,
     has: Shapes,
     base: Shapes,  # of the base model, by the names of its own state dict
-) -> None:
-    """Raises a ValueError for an adapter of a base model whose vocabulary was resized for the training.
+) -> int | None:
+    """Number of tokens with which the adapter was trained, if its base model was resized for that; None otherwise.
 
-    PEFT would end with an IndexError, or with a page of sizes that do not match.
+    PEFT saves the resized embeddings and the resized head, or one of them, beside the adapter.
+
+    Raises:
+        ValueError: if the adapter has tokens past the base model's, and its file has no embeddings of them.
     """
     layers = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight")
-    rows = {key: shape[0] for key, shape in base.items() if key.endswith(layers)}
-    pairs = [(shape[0], rows[plain_name(key)]) for key, shape in has.items() if plain_name(key) in rows]
+    resizable = {key: shape for key, shape in base.items() if key.endswith(layers)}
+    for key, shape in has.items():
+        present = resizable.get(plain_name(key), shape)
+        if shape != present and shape[1:] == present[1:]:
+            return shape[0]
+    rows = [shape[0] for shape in resizable.values()]
     tokens = config.trainable_token_indices or []  # a list for the input embeddings, or a dictionary by layer
     tokens = [token for layer in tokens.values() for token in layer] if isinstance(tokens, dict) else tokens
-    if rows and tokens:
-        pairs.append((max(max(tokens) + 1, min(rows.values())), min(rows.values())))
-    for trained, present in pairs:
-        if trained != present:
-            raise ValueError(
-                f"{name}: {source} was trained with a vocabulary of {trained} tokens, the base model has {present}: "
-                "tokens were added for the training, as TRL's chat_template_path does with another model's template. "
-                "The base model's side has nothing to say about them. Train without new tokens (chat_template_path "
-                "takes a .jinja file, too)."
-            )
+    if rows and tokens and max(tokens) >= min(rows):
+        raise ValueError(
+            f"{name}: {source} has a token {max(tokens)}, and the base model has {min(rows)} tokens: it was "
+            "resized for the training. Save the adapter with save_pretrained(save_embedding_layers=True)."
+        )
+    return None
 
 
 def plain_name(key: str) -> str:

@@ -12,6 +12,7 @@ Both answers grow together, a token at a time, in one of two ways:
 Without it the first question to an adapter waits for that.
 """
 
+import contextlib
 import dataclasses
 import enum
 import threading
@@ -124,7 +125,10 @@ class Engine:
         model = load_base(base, dtype or ("auto" if device == "cuda" else "float32"))
         # PEFT gets names of our own: it fails on names with dots and mistakes "lora" for a part of its layers' names.
         self._peft_names = {name: f"adapter{i}" for i, name in enumerate(adapters)}
-        model = load_adapters(model, adapters, configs, self._peft_names)
+        loaded = load_adapters(model, adapters, configs, self._peft_names)
+        model, self._head = loaded.model, loaded.head
+        # They differ only where tokens were added for the training.
+        self._vocabulary = {Side.BASE: loaded.vocabulary, Side.ADAPTER: loaded.trained_vocabulary}
         self.model = model.to(device).eval().requires_grad_(False)
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         # The layers that PEFT has put into the model, each with the hooks that belong there: see `_remove_hooks`.
@@ -133,9 +137,16 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(base)
         eos = self.model.generation_config.eos_token_id
         ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-        self._chats = {name: Chat(source, tokenizer, ends, self._vocabulary) for name, source in adapters.items()}
+        self._chats = {
+            name: Chat(source, tokenizer, ends, max(self._vocabulary.values())) for name, source in adapters.items()
+        }
         self.notes = {name: list(chat.notes) for name, chat in self._chats.items()}
         for name, config in configs.items():
+            if (added := loaded.trained_vocabulary - loaded.vocabulary) > 0:
+                self.notes[name].append(
+                    f"The adapter was trained with {added} tokens that the base model does not have. The base model "
+                    "reads them as they were before the training, and cannot write them."
+                )
             if trained_from := trained_elsewhere(base, config):
                 self.notes[name].append(f"The adapter was trained from {trained_from}, and is shown with {base}.")
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -206,7 +217,7 @@ class Engine:
         two_base_rows, mixed = _Batch(self, [Side.BASE, Side.BASE]), _Batch(self, [Side.BASE, Side.ADAPTER])
         in_turn = self._in_turn()
         seconds_mixed, seconds_in_turn = [], []
-        tokens = [token % self._vocabulary for token in range(MEASURED_TOKENS)]
+        tokens = [token % min(self._vocabulary.values()) for token in range(MEASURED_TOKENS)]
         for _ in range(MEASURED_TOKENS):
             begin = time.perf_counter()
             [base_row, _] = [batch.logits([tokens])[0] for batch in in_turn]
@@ -260,11 +271,23 @@ class Engine:
         It is drawn on the CPU, so that a seed gives the same noise on every device, and from a generator of its own,
         so that no other visitor changes it.
         """
-        return -torch.empty(self._vocabulary).exponential_(generator=generator).log()
+        return -torch.empty(max(self._vocabulary.values())).exponential_(generator=generator).log()
 
-    @property
-    def _vocabulary(self) -> int:
-        return self.model.config.get_text_config().vocab_size
+    @contextlib.contextmanager
+    def _rows_of_the_head(self, rows: int):
+        """Only as many rows of the last layer are used: the base model's side must be what it is without new tokens.
+
+        To leave out the others afterwards is not enough, as a layer of another size may be rounded differently.
+        """
+        if rows == max(self._vocabulary.values()):
+            yield
+            return
+        weight = self._head._parameters["weight"]
+        self._head._parameters["weight"] = weight.detach()[:rows]
+        try:
+            yield
+        finally:
+            self._head._parameters["weight"] = weight
 
 
 class _Batch:
@@ -307,7 +330,7 @@ class _Batch:
     def logits(
         self,
         tokens: list[list[int]],  # the new tokens of each side, equally many
-    ) -> torch.Tensor:  # (sides, vocabulary), float32, on the CPU
+    ) -> list[torch.Tensor]:  # of each side: (vocabulary,), float32, on the CPU
         """The logits of what follows each side's tokens."""
         engine, mixed = self.engine, {}
         if len(set(self.sides)) > 1:
@@ -319,11 +342,13 @@ class _Batch:
             layer._disable_adapters = Side.ADAPTER not in self.sides
         ids = torch.tensor(tokens, device=engine.model.device)
         try:
-            output = engine.model(input_ids=ids, past_key_values=self._cache, logits_to_keep=1, **mixed)
+            with engine._rows_of_the_head(max(engine._vocabulary[side] for side in self.sides)):
+                output = engine.model(input_ids=ids, past_key_values=self._cache, logits_to_keep=1, **mixed)
         except BaseException:
             engine._remove_hooks()
             raise
-        return output.logits[:, -1].float().cpu()
+        logits = output.logits[:, -1].float().cpu()
+        return [row[: engine._vocabulary[side]] for side, row in zip(self.sides, logits, strict=True)]
 
 
 class _Writer:
@@ -338,7 +363,7 @@ class _Writer:
     def add_token(
         self,
         logits: torch.Tensor,  # (vocabulary,)
-        noise: torch.Tensor | None,  # (vocabulary,); None takes the most likely token
+        noise: torch.Tensor | None,  # (vocabulary,) or longer; None takes the most likely token
     ) -> None:
         token = self._choose(logits, noise)
         if token in self.chat.end_tokens:
@@ -358,7 +383,7 @@ class _Writer:
         scores = logits[None] / self.settings.temperature
         if self.settings.top_p < 1:
             scores = TopPLogitsWarper(self.settings.top_p)(None, scores)
-        return int((scores[0].log_softmax(-1) + noise).argmax())
+        return int((scores[0].log_softmax(-1) + noise[: len(logits)]).argmax())
 
 
 def settings_of(**values: Any) -> Settings:

@@ -1,14 +1,17 @@
 """Loads a base model and its adapters, and refuses with a sentence what the page could not show as it is."""
 
+import dataclasses
+import tempfile
 from pathlib import Path
 
 import torch
-from adapter_check import Shapes, check_adapter, check_new_tokens, check_weights, plain_name, read_config
+from adapter_check import Shapes, check_adapter, check_weights, plain_name, read_config, trained_vocabulary
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, load_peft_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,23 +89,51 @@ def load_base(base: str, dtype: str) -> nn.Module:
     return model
 
 
+@dataclasses.dataclass
+class Loaded:
+    """A base model with adapters.
+
+    Attributes:
+        model: PEFT's.
+        head: The base model's own last layer.
+        vocabulary: Number of the base model's tokens.
+        trained_vocabulary: Number of the adapter's tokens, which differs if the base model was resized for the
+            training. The rows of `head` and of the embeddings are as many as the larger number.
+    """
+
+    model: PeftModel
+    head: nn.Module
+    vocabulary: int
+    trained_vocabulary: int
+
+
 def load_adapters(
     model: nn.Module, adapters: dict[str, str], configs: dict[str, PeftConfig], peft_names: dict[str, str]
-) -> PeftModel:
+) -> Loaded:
     """Puts the adapters into the base model, as PEFT does, and leaves the base model's weights as they are.
 
     Raises:
         ValueError: for an adapter whose weights are absent, or not those that the model takes.
     """
+    head = model.get_output_embeddings()
+    vocabulary = trained = model.config.get_text_config().vocab_size
     base_weights = model.state_dict(keep_vars=True)
-    base_shapes = {name: tuple(weight.shape) for name, weight in base_weights.items()}
     # PEFT cannot load an adapter without new tokens after one that has some, so those come last.
     for name in sorted(adapters, key=lambda name: configs[name].trainable_token_indices is not None):
         source, config = adapters[name], configs[name]
-        config.inference_mode = True  # as PEFT's from_pretrained sets it
         weights = _read_weights(name, source)
-        has = {key: tuple(weight.shape) for key, weight in weights.items()}
-        check_new_tokens(name, source, config, has, base_shapes)
+        shapes = {key: tuple(weight.shape) for key, weight in base_weights.items()}
+        resized = trained_vocabulary(name, source, config, shapes_of(weights), shapes)
+        if resized:
+            trained = resized
+            if len(adapters) > 1:
+                raise ValueError(
+                    f"{name}: {source} was trained with a vocabulary of {trained} tokens, the base model has "
+                    f"{vocabulary}. Such an adapter needs a page of its own: set ADAPTERS to it alone."
+                )
+            _add_rows(model, trained, weights)
+            head, base_weights = model.get_output_embeddings(), model.state_dict(keep_vars=True)
+        config.inference_mode = True  # as PEFT's from_pretrained sets it
         try:
             if isinstance(model, PeftModel):
                 model.add_adapter(peft_names[name], config)
@@ -110,36 +141,67 @@ def load_adapters(
                 model = PeftModelForCausalLM(model, config, peft_names[name])
         except ValueError as error:  # such as target modules that the model lacks
             raise ValueError(f"{name}: {source} does not fit the base model: {error}") from error
-        takes = get_peft_model_state_dict(model, adapter_name=peft_names[name], save_embedding_layers=False)
-        takes = {key: tuple(weight.shape) for key, weight in takes.items()}
-        # PEFT's files may have weights of the base model, too: embeddings that are trained, or that have an adapter.
-        copies = {key: plain_name(key) for key in has if key not in takes and plain_name(key) in base_weights}
-        before = {original: base_weights[original].detach().clone() for original in copies.values()}
-        for key, original in copies.items():
-            _check_copy(name, source, original, weights[key], before[original])
-        _load(model, name, source, config, peft_names[name], {k: s for k, s in has.items() if k not in copies}, takes)
-        with torch.no_grad():
-            for original, weight in before.items():
-                base_weights[original].copy_(weight)  # the adapter's copy may be rounded to another dtype
-    return model
+        _load(model, name, source, config, peft_names[name], weights, base_weights)
+    return Loaded(model, head, vocabulary, trained)
+
+
+def _add_rows(model: nn.Module, vocabulary: int, weights: dict[str, torch.Tensor]) -> None:
+    """Resizes the base model for the tokens that were added, which get the rows that they had before the training."""
+    layers = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    present = layers["head"].weight.shape[0]
+    if vocabulary <= present:  # the rows past the adapter's are the base model's alone
+        return
+    names = {what: next(n for n, module in model.named_modules() if module is layer) for what, layer in layers.items()}
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    layers = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    # Where such a layer is in modules_to_save, its plain name is that of the trained one, so the original comes last.
+    for key in sorted(weights, key=lambda key: ".original_module." in key):
+        for what, layer in layers.items():
+            if ".modules_to_save." not in key and plain_name(key) == f"{names[what]}.weight":
+                with torch.no_grad():
+                    layer.weight[present:] = weights[key][present:]
+
+
+def shapes_of(weights: dict[str, torch.Tensor]) -> Shapes:
+    return {key: tuple(weight.shape) for key, weight in weights.items()}
 
 
 def _load(
-    model: PeftModel, name: str, source: str, config: PeftConfig, peft_name: str, has: Shapes, takes: Shapes
+    model: PeftModel,
+    name: str,
+    source: str,
+    config: PeftConfig,
+    peft_name: str,
+    weights: dict[str, torch.Tensor],  # of the adapter's file
+    base_weights: dict[str, torch.Tensor],
 ) -> None:
+    takes = shapes_of(get_peft_model_state_dict(model, adapter_name=peft_name, save_embedding_layers=False))
+    # PEFT's files may have weights of the base model, too, where embeddings have an adapter or were resized. They are
+    # left out, as they may be rounded to another dtype.
+    copies = {key: plain_name(key) for key in weights if key not in takes and plain_name(key) in base_weights}
+    for key, original in copies.items():
+        if ".modules_to_save." not in key:  # which the file has a second time, by the name in `takes`
+            _check_copy(name, source, original, weights[key], base_weights[original])
+    # It also has the new tokens' rows a second time, for a head that is tied to the embeddings.
+    rows = {key: weight for key, weight in weights.items() if key.endswith(".trainable_tokens_delta")}
+    taken = [weight for key, weight in rows.items() if key in takes]
+    tied = {k for k, weight in rows.items() if k not in takes and any(torch.equal(weight, other) for other in taken)}
+    weights = {k: weight.contiguous() for k, weight in weights.items() if k not in copies and k not in tied}
+    has = shapes_of(weights)
     try:
-        # PEFT would load to a GPU, which is not there yet when ZeroGPU starts.
-        report = model.load_adapter(source, peft_name, torch_device="cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+            # PEFT would load to a GPU, which is not there yet when ZeroGPU starts.
+            report = model.load_adapter(folder if copies or tied else source, peft_name, torch_device="cpu")
     except (KeyError, RuntimeError) as error:
         check_weights(name, source, config, has, takes)
         raise ValueError(f"{name}: PEFT cannot load the weights of {source}: {error}") from error
-    lacking = report.missing_keys
-    unknown = [key for key in report.unexpected_keys if ".modules_to_save." not in key]
-    if lacking or unknown:
+    if report.missing_keys or report.unexpected_keys:
         # First in the names of the adapter's own file; where PEFT has converted those, in the model's.
         check_weights(name, source, config, has, takes)
         raise ValueError(
-            f"{name}: {source} does not fit the base model. Missing: {lacking}; without place: {unknown}."
+            f"{name}: {source} does not fit the base model. Missing: {report.missing_keys}; without a place in it: "
+            f"{report.unexpected_keys}."
         )
 
 
@@ -161,6 +223,8 @@ def _read_weights(name: str, source: str) -> dict[str, torch.Tensor]:
 
 def _check_copy(name: str, source: str, original: str, copy: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises a ValueError if the adapter's copy of a weight is not the base model's, up to rounding."""
+    rows = min(len(copy), len(weight))  # a resized one has others
+    copy, weight = copy[:rows], weight.detach()[:rows]
     dtype = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
     if copy.shape != weight.shape or not torch.equal(copy.to(dtype), weight.to(copy.dtype).to(dtype)):
         raise ValueError(

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from peft import PeftModel
 from space_adapters import last, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import clone_chat_template
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
@@ -84,6 +87,34 @@ def test_the_templates_special_tokens_are_the_adapters(root, tmp_path):
     engine = Engine(str(tmp_path / "base"), {"x": source})
     assert engine.encode_prompt("Hi", "x") == [260, *tokens_of("Hi"), 261]
     assert engine._chats["x"].end_tokens == {1, 261}
+
+
+def test_what_trl_makes_of_another_models_template(root, tmp_path):
+    """SFTConfig(chat_template_path=...), which adds the other tokenizer's tokens to the base model."""
+    other = tiny.tokenizer()
+    other.add_tokens(["<|turn|>", "<|over|>"], special_tokens=True)
+    other.chat_template = "{% for m in messages %}<|turn|>{{ m.content }}<|over|>{% endfor %}"
+    other.eos_token = "<|over|>"
+    other.save_pretrained(tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(root / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(root / "plain")
+    model, tokenizer, added = clone_chat_template(model, tokenizer, str(tmp_path / "other"))
+    config = {"trainable_token_indices": {"embed_tokens": added}, "modules_to_save": ["lm_head"]}
+    source = save_adapter(tmp_path / "adapter", model=model, **config)
+    tokenizer.save_pretrained(source)
+    engine = Engine(str(root / "plain"), {"x": source})
+    assert engine.notes["x"][0] == BASE_HAS_NONE
+    assert f"{len(added)} tokens that the base model does not have" in engine.notes["x"][1]
+    ids = engine.encode_prompt("Hi", "x")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|turn|>", "H", "i", "<|over|>"]
+    assert engine._chats["x"].end_tokens == {1, ids[-1]}
+    stock = AutoModelForCausalLM.from_pretrained(root / "plain")
+    stock.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    stock = PeftModel.from_pretrained(stock, source).eval()
+    output = stock.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=ids[-1])
+    base, adapted = last(engine.compare("Hi", "x", Settings(max_new_tokens=12)))
+    assert adapted.text == engine._chats["x"].decode(output[0, len(ids) :].tolist())
+    assert base.tokens
 
 
 def test_tokens_that_the_base_has_no_rows_for_are_not_used(root, tmp_path):

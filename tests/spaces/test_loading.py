@@ -12,14 +12,20 @@ import torch
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from space_adapters import last, save_adapter
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_reflora import LoraSbConfig
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
 
-from engine import Engine, Settings
+from engine import Engine, Settings, Side, _Batch
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -145,33 +151,84 @@ def test_weights_in_pytorchs_format(base, tmp_path):
     assert answers[0].text != answers[1].text
 
 
-@pytest.mark.parametrize("tied", [False, True])
+def resized(folder, rows, tied=False, **config) -> str:
+    """An adapter of a base model whose embeddings were resized; the base model itself is saved beside it."""
+    tiny.save(folder / "base", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.resize_token_embeddings(rows)
+    return save_adapter(folder / "adapter", model=model, **config)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["in turn", "mixed batch"])
 @pytest.mark.parametrize(
-    "config",
+    ("rows", "tied", "config"),
     [
-        {},
-        {"modules_to_save": ["lm_head", "embed_tokens"]},
-        {"trainable_token_indices": {"embed_tokens": [260, 261]}},
-        {"trainable_token_indices": {"embed_tokens": [260, 261]}, "modules_to_save": ["lm_head"]},
+        (263, False, {}),
+        (263, True, {}),
+        (263, False, {"trainable_token_indices": {"embed_tokens": [260, 262]}}),
+        (263, True, {"trainable_token_indices": {"embed_tokens": [260, 262]}}),
+        (263, False, {"trainable_token_indices": {"embed_tokens": [260, 262]}, "modules_to_save": ["lm_head"]}),
+        (263, False, {"modules_to_save": ["lm_head", "embed_tokens"]}),
+        (250, False, {"trainable_token_indices": {"embed_tokens": [247, 249]}}),
+        (250, True, {"trainable_token_indices": {"embed_tokens": [247, 249]}}),
     ],
-    ids=lambda config: "+".join(config) or "saved embeddings",
 )
-def test_tokens_that_were_added_for_the_training_are_named(tmp_path, tied, config):
-    """As TRL's clone_chat_template adds them."""
-    tiny.save(tmp_path / "base", tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model.resize_token_embeddings(262)
-    source = save_adapter(tmp_path / "adapter", model=model, **config)
-    refused(str(tmp_path / "base"), source, "a vocabulary of 262 tokens, the base model has 260", "tokens were added")
+def test_an_adapter_with_tokens_of_its_own(tmp_path, rows, tied, config, mixed):
+    """Trained with more tokens than the base model has, or with fewer, as where the base model has spare rows."""
+    source = resized(tmp_path, rows, tied, **config)
+    engine = Engine(str(tmp_path / "base"), {"x": source})
+    assert any(f"{rows - 260} tokens that the base model does not have" in note for note in engine.notes["x"]) == (
+        rows > 260
+    )
+    engine._uses_mixed_batch["x"] = mixed
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock.resize_token_embeddings(rows, mean_resizing=False)
+    stock = PeftModel.from_pretrained(stock, source).eval()
+    sides = last(engine.compare("Hello", "x", Settings(max_new_tokens=16)))
+    ids = engine.encode_prompt("Hello", "x")
+    for side, model in zip(sides, (base, stock), strict=True):
+        output = model.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=16, pad_token_id=0)
+        assert side.text == engine._chats["x"].decode(output[0, len(ids) :].tolist())
+    assert sides[0].text != sides[1].text
+    last(engine.compare("Hello", "x", Settings(max_new_tokens=4, temperature=1.0, top_p=0.9)))
+    # Alone, the base's side has the base model's very logits: its last layer has the size that it has without them.
+    base.requires_grad_(False)
+    with torch.inference_mode():
+        expected = base.eval()(torch.tensor([ids]), past_key_values=DynamicCache(), logits_to_keep=1).logits[0, -1]
+    assert torch.equal(_Batch(engine, [Side.BASE]).logits([ids])[0], expected)
+    assert len(engine._head.weight) == max(rows, 260)
+
+
+def test_an_adapter_with_tokens_of_its_own_needs_a_page_of_its_own(tmp_path):
+    source = resized(tmp_path, 262)
+    plain = save_adapter(tmp_path / "plain")
+    message = "was trained with a vocabulary of 262 tokens, the base model has 260.*set ADAPTERS to it alone"
+    with pytest.raises(ValueError, match=message):
+        Engine(str(tmp_path / "base"), {"x": source, "y": plain})
+
+
+def test_embeddings_of_another_width_are_refused(base, tmp_path):
+    model = tiny.llama(hidden_size=64, vocab_size=300)
+    refused(
+        base, save_adapter(tmp_path / "adapter", model=model, modules_to_save=["lm_head"]), "has the shape", "(2, 32)"
+    )
+    source = save_adapter(tmp_path / "embeddings", model=model, target_modules=["embed_tokens"])
+    refused(base, source, "has model.embed_tokens.weight of the base model with other values")
+
+
+def test_a_trained_head_with_fewer_rows_is_refused(tmp_path):
+    source = resized(tmp_path, 250, modules_to_save=["lm_head"])
+    refused(str(tmp_path / "base"), source, "lm_head.weight has the shape (250, 32), and the model takes (260, 32)")
 
 
 def test_tokens_past_the_rows_of_the_base_are_named(base, tmp_path):
-    """Also where the adapter's file has no copy of the resized embeddings."""
+    """Where the adapter's file has no copy of the resized embeddings."""
     source = Path(save_adapter(tmp_path / "adapter", trainable_token_indices=[250, 259]))
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["trainable_token_indices"] = [250, 263]
     (source / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    refused(base, source, "a vocabulary of 264 tokens, the base model has 260")
+    refused(base, source, "has a token 263, and the base model has 260 tokens", "save_embedding_layers=True")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
