@@ -2,58 +2,57 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 
-from .front_matter import read_front_matter
+from .front_matter import split_card
+from .generated import library_of, without_pefts_lines
 
 
-# What is in the generated cards that no person wrote: PEFT's, which are huggingface_hub's template (with the
-# placeholder 39 times), TRL's and transformers'.
-PLACEHOLDER = "[More Information Needed]"
-GENERATED = (
-    "It has been trained using [TRL]",
-    "generated automatically according to the information the Trainer had access to",
-)
 MARK = re.compile(r"<!-- rendered by hf_reflora; as long as nobody edits it: ([0-9a-f]{16}) -->")
-# When PEFT saves an adapter, it writes this below the card that it finds there, whosever that is.
-ADDED_BY_PEFT = re.compile(
-    r"\s*(## Training procedure\s+The following `bitsandbytes` quantization config was used during training:"
-    r"(\n- .*)+\s*)?(### Framework versions(\s+- PEFT \S+)+\s*)?"
-)
-# The entries of the front matter that are rendered. PEFT rewrites some of them, and a person may change license,
-# language and tags, which survive a new rendering (`own_entries`). Any other entry is a person's.
-RENDERED_ENTRIES = {
-    *("base_model", "base_model_relation", "datasets", "language", "library_name", "license", "model-index"),
-    *("pipeline_tag", "tags"),
-}
 
 
 def signed(card: str) -> str:
     """The card with a mark in its last line by which `is_edited` recognizes it as long as its body is the same."""
-    return f"{card}\n<!-- rendered by hf_reflora; as long as nobody edits it: {_digest(_body(card))} -->\n"
+    return f"{card}\n<!-- rendered by hf_reflora; as long as nobody edits it: {_digest(split_card(card)[1])} -->\n"
 
 
 def is_edited(card: str) -> bool:
-    """Whether a person has written or changed the card, so that it must not be replaced by a rendered one.
+    """Whether a person may have written into the text of the card, so that it must not be replaced by a rendered one.
 
-    False for a card that was rendered here or by PEFT, TRL or transformers, and for one without text. Changes of
-    license, language and tags alone are no edit: they are taken over into a new card, see `own_entries`.
+    False for a card that was rendered here, for one that is what PEFT, TRL or transformers write, and for one without
+    text. Changes of the front matter are no edit: they are taken over into a new card, see
+    `hf_reflora.report.front_matter.own_entries`.
     """
-    body = _body(f"{card}\n")
+    body = split_card(card)[1]
     mark = MARK.search(body)
     if mark is None:
-        # Somebody who begins to fill PEFT's template leaves fewer placeholders.
-        generated = card.count(PLACEHOLDER) > 35 or any(phrase in card for phrase in GENERATED)
-        return bool(body.strip()) and not generated
-    changed = mark[1] != _digest(body[: mark.start()]) or not ADDED_BY_PEFT.fullmatch(body[mark.end() :])
-    try:
-        return changed or not set(read_front_matter(card)) <= RENDERED_ENTRIES
-    except ValueError:
-        return True
+        return bool(body.strip()) and library_of(card) is None
+    return mark[1] != _digest(body[: mark.start()]) or bool(without_pefts_lines(body[mark.end() :]))
 
 
-def _body(card: str) -> str:
-    """The card without its front matter."""
-    return card.split("---\n", 2)[-1] if card.startswith("---\n") else card
+def is_kept(card: str, *, has_record: bool) -> bool:
+    """Whether the card stays, rather than being replaced by a rendered one.
+
+    A person's card does, and without a run record the card of a Trainer: it knows arguments and losses that are
+    nowhere else.
+    """
+    return is_edited(card) or (not has_record and library_of(card) in ("transformers", "trl"))
+
+
+def lost_lines(old: str, new: str) -> list[str]:
+    """The lines of the text of `old` that are not in that of `new`."""
+    there = set(without_pefts_lines(split_card(new)[1]))
+    return [line for line in without_pefts_lines(split_card(old)[1]) if line not in there and not MARK.match(line)]
+
+
+def headings(lines: Sequence[str], card: str) -> str:
+    """Under which headings of the card these lines are, for a message; without headings, the first of the lines."""
+    names, heading = [], ""
+    for line in without_pefts_lines(split_card(card)[1]):
+        heading = line.lstrip("# ") if line.startswith("#") else heading
+        if line in lines and heading and heading not in names:
+            names.append(heading)
+    return ", ".join(f"“{name}”" for name in names) or f"“{lines[0]}”"
 
 
 def _digest(body: str) -> str:

@@ -14,7 +14,7 @@ def is_hub_id(name: Any) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return isinstance(name, str) and name.count("/") == 1
+    return isinstance(name, str) and name.count("/") <= 1
 
 
 def hub_id(name: Any) -> str | None:
