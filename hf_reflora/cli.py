@@ -164,6 +164,7 @@ def add_push(commands) -> None:
     parser.add_argument("--license", metavar="ID", help="default: the card's, or the base model's")
     parser.add_argument("--language", nargs="+", metavar="CODE", help="such as en")
     parser.add_argument("--tags", nargs="+", metavar="TAG", default=(), help="further tags")
+    parser.add_argument("--replace-card", action="store_true", help="replace a card that was edited on the Hub")
     parser.set_defaults(run=push)
 
 
@@ -171,13 +172,16 @@ def push(options: argparse.Namespace) -> None:
     from .hub.adapter import push_adapter
 
     names = ("private", "revision", "create_pr", "base_model", "other_base", "license", "language", "tags")
+    names = (*names, "replace_card")
     done = push_adapter(options.folder, options.repo_id, **{name: getattr(options, name) for name in names})
     print(f"{done.commit.pr_url or done.commit.commit_url}")
     print(f"{done.repo_id}: {', '.join(done.files)}")
     if done.left_out:
         print(f"Left out: {', '.join(done.left_out)}")
     if done.kept_card:
-        print("README.md on the Hub was edited by hand and is kept. Remove it there to get the rendered one.")
+        print("README.md on the Hub was edited by hand and is kept; --replace-card puts the folder's in its place.")
+    for note in done.notes:
+        print(note)
 
 
 def add_space(commands) -> None:

@@ -1,7 +1,7 @@
 """The repository to push to: whether the user may write to it, what it holds, and its creation where there is none."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from huggingface_hub import HfApi, constants, get_token
@@ -27,6 +27,8 @@ class Repo:
     revision: str  # branch to commit to
     create_pr: bool  # commits go to a pull request on the branch instead
     type: str = "model"  # or "space"
+    exists: bool = True
+    private: bool | None = None  # whether one that does not exist yet is made private
 
 
 def prepare(
@@ -38,6 +40,7 @@ def prepare(
     create_pr: bool = False,
     base_model: str | None = None,
     other_base: bool = False,
+    create: bool = True,
 ) -> Repo:
     """Checks that an adapter can be pushed, and creates the repository and the branch where they do not exist.
 
@@ -52,6 +55,7 @@ def prepare(
         create_pr: Check only that a pull request can be opened; nothing is created.
         base_model: The adapter's base model on the Hub, if it is known.
         other_base: Accept a repository that holds an adapter of another base model, or a whole model.
+        create: Create what does not exist, rather than leave it to `create_missing`.
 
     Raises:
         PushError: in one sentence, why the user cannot push there.
@@ -63,14 +67,26 @@ def prepare(
         raise PushError(f"{repo.id} does not exist or is not visible to {repo.user}: nothing to propose to.")
     if not create_pr:
         _check_writable(repo, info, me, private)
-    if info is None:
-        call_hub(lambda: _create(repo, private=private), f"Creating {repo.id}", repo.user)
-    elif not other_base:
+    if info is not None and not other_base:
         _check_base(repo, info, base_model)
-    if repo.revision != constants.DEFAULT_REVISION and not create_pr and not repo.revision.startswith("refs/"):
+    repo = replace(repo, exists=info is not None, private=private)
+    return create_missing(repo) if create else repo
+
+
+def create_missing(repo: Repo) -> Repo:
+    """Creates the repository and the branch where they do not exist; for a pull request, nothing.
+
+    Raises:
+        PushError: they could not be created.
+    """
+    if repo.create_pr:
+        return repo
+    if not repo.exists:
+        call_hub(lambda: _create(repo, private=repo.private), f"Creating {repo.id}", repo.user)
+    if repo.revision != constants.DEFAULT_REVISION and not repo.revision.startswith("refs/"):
         branch = functools.partial(repo.api.create_branch, repo.id, branch=repo.revision, exist_ok=True)
         call_hub(branch, f"Creating the branch {repo.revision} of {repo.id}", repo.user)
-    return repo
+    return replace(repo, exists=True)
 
 
 def prepare_space(

@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, SpaceCard, constants, get_token, hf_hub_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..report.front_matter import check_license
 from ..report.ids import is_hub_id
+from ..report.licenses import check_license
 from .repository import prepare_space
 from .retry import PushError, call_hub
 from .scan import check_files

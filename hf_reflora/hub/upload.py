@@ -9,8 +9,11 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session
 
+from ..report.front_matter import LICENSE_ENTRIES, OwnEntries
+from ..report.licenses import is_license
 from .repository import Repo
 from .retry import FAILURES, PushError, call_hub
 
@@ -71,28 +74,63 @@ def _publish_draft(repo: Repo, number: int) -> None:
         repo.api.change_discussion_status(repo.id, number, "open")
 
 
-def read_text(repo: Repo, path: str) -> str | None:
-    """The text file `path` of the repository, None if it has no such file."""
+def check_card(repo: Repo, text: str) -> None:
+    """Asks the Hub what it has against a card, as every commit with one does.
 
-    def attempt() -> str | None:
+    Raises:
+        PushError: with the Hub's words, or if it cannot be reached.
+    """
+
+    def attempt() -> None:
+        answer = get_session().post(
+            f"{repo.api.endpoint}/api/validate-yaml",
+            json={"repoType": repo.type, "content": text},
+            headers=build_hf_headers(token=repo.api.token),
+        )
+        if answer.status_code == 400:
+            errors = answer.json().get("errors") or [{"message": answer.text}]
+            raise PushError(f"The Hub refuses the card: {'; '.join(error['message'] for error in errors)}.")
+
+    call_hub(attempt, f"Checking the card of {repo.id}", repo.user)
+
+
+def read_text(repo: Repo, path: str) -> str | None:
+    """The text file `path` of the repository, None if it has no such file; of a branch to be made, main's."""
+    if not repo.exists:
+        return None
+
+    def attempt(revision: str | None = repo.revision) -> str | None:
         # Not into the cache: where the Hub cannot be reached, hf_hub_download returns an old copy from there.
         with tempfile.TemporaryDirectory() as folder:
             try:
-                file = repo.api.hf_hub_download(repo.id, path, revision=repo.revision, local_dir=folder)
+                file = repo.api.hf_hub_download(repo.id, path, revision=revision, local_dir=folder)
             except RemoteEntryNotFoundError:
                 return None
+            except RevisionNotFoundError:
+                if revision is None:
+                    raise
+                return attempt(None)
             return Path(file).read_text(encoding="utf-8")
 
     return call_hub(attempt, f"Reading {path} of {repo.id}", repo.user)
 
 
-def license_of(repo: Repo, model_id: str) -> str | None:
-    """The license in the card of a model on the Hub; None if it names none or cannot be reached."""
+def license_of(repo: Repo, model_id: str) -> OwnEntries:
+    """The license in the card of a model on the Hub, of another kind with its name and link; empty if it names none.
+
+    Empty also if the model cannot be reached.
+    """
     try:
         data = repo.api.model_info(model_id).card_data
     except FAILURES:
-        return None
-    return data.license if data and isinstance(data.license, str) else None
+        return OwnEntries()
+    entries = data.to_dict() if data else {}
+    if not is_license(entries.get("license")):
+        return OwnEntries()
+    more = {name: entries[name] for name in LICENSE_ENTRIES if entries.get(name)}
+    if "license_link" in more and "://" not in more["license_link"]:  # a file in the base model's repository
+        more["license_link"] = f"{constants.ENDPOINT}/{model_id}/blob/main/{more['license_link'].removeprefix('./')}"
+    return OwnEntries(license=entries["license"], more=more)
 
 
 def is_public(model_id: str, token: str | None) -> bool:

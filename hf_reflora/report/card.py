@@ -3,30 +3,28 @@
 `card.md.jinja` has the text. What it shows that is not simply a field of the record is computed here.
 """
 
+import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..requirements import PIP_REQUIREMENT
 from .edits import signed
 from .escaping import cell, code, line, literal, text
-from .front_matter import check_front_matter
-from .methods import LORA_SB_PAPER, Method, method_named
+from .front_matter import LICENSE_ENTRIES, check_front_matter
+from .methods import DORA, LORA_SB_PAPER, Method, method_named
+from .numbers import alike, as_number, change, counted, rounded
 from .record import RunRecord
+from .serving import vllm_rank
+from .tasks import task_of
 
 
-# PEFT's task type: (the Hub's pipeline tag, transformers' class of the base model)
-TEXT_GENERATION = ("text-generation", "AutoModelForCausalLM")
-TASKS = {
-    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-    "SEQ_2_SEQ_LM": ("text-generation", "AutoModelForSeq2SeqLM"),
-}
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
 EXPORTED = " Here s B R is folded into lora_B: these files are an ordinary LoRA with the same outputs."
 SB_START = (
     " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "
@@ -41,9 +39,10 @@ def render(
     plot: str | None = None,
     exported: bool = False,
     native_folder: str | None = None,
-    license: str | None = None,
+    license: str | list[str] | None = None,
     language: str | Sequence[str] | None = None,
     tags: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of a run: front matter and Markdown. What the record does not know is not in the card.
 
@@ -55,51 +54,57 @@ def render(
         plot: Name of the PNG beside the card.
         exported: The files are the exported, ordinary LoRA of a LoRA-SB adapter.
         native_folder: Folder beside the exported files that has the LoRA-SB adapter itself.
-        license: Hub license id. Default: the record's, or none.
+        license: Hub license id or ids. Default: the record's, or none.
         language: Language code or codes of the adapter. Default: the record's, or none.
         tags: Further tags, beside the record's.
+        more: Further entries of the front matter, see `hf_reflora.report.front_matter.OwnEntries`.
 
     Raises:
         ValueError: the record has an unknown method; or see `check_front_matter`.
     """
-    method = _method(record, exported)
+    more = dict(more or {})
+    record = with_base(record, more.get("base_model"))
+    method, task = _method(record, exported), task_of(record)
     wishes = record.card
     title = wishes.get("title") or f"{_short(record.base_model or record.model)} with {method.name}"
     title = repo_id.split("/")[-1] if repo_id else line(title)
-    pipeline_tag, auto_class = TASKS.get(record.peft.get("task_type", ""), TEXT_GENERATION)
-    pipeline_tag = wishes.get("task") or pipeline_tag
+    pipeline_tag = wishes.get("task") or more.pop("pipeline_tag", None) or task.pipeline_tag
     language = language or wishes.get("language")
-    datasets = [name for name in dict.fromkeys([record.dataset_id, *wishes.get("datasets", [])]) if name]
-    compared = [{"name": n, "before": record.before[n], "after": record.after[n]} for n in record.compared_scores]
+    is_transformers = task.model_class is not None or not record.peft.get("auto_mapping")
+    tags = [*method.tags, *record.tags, *(["transformers"] if is_transformers else []), *tags, *wishes.get("tags", [])]
+    datasets = [record.dataset_id, *wishes.get("datasets", []), *more.pop("datasets", [])]
     base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
+    results = _eval_results(record, pipeline_tag or "other")
     data = ModelCardData(
         base_model=record.base_model,
-        library_name="peft",
+        library_name=more.pop("library_name", "peft"),
         pipeline_tag=pipeline_tag,
         license=license or wishes.get("license"),
         language=language if language is None or isinstance(language, str) else list(language),
-        datasets=datasets or None,
-        tags=_tags(record, [*method.tags, *record.tags, "transformers", *tags, *wishes.get("tags", [])]),
-        model_name=title if compared else None,
-        eval_results=_eval_results(record, pipeline_tag) if compared else None,
+        datasets=[name for name in dict.fromkeys(datasets) if name] or None,
+        tags=_tags(record, tags),
+        model_name=title if results else None,
+        eval_results=results or None,
         **base_model_relation,
     )
     card = (
         _environment()
         .get_template("card.md.jinja")
         .render(
-            front_matter=data.to_yaml(),
+            front_matter=_front_matter(data, more, title),
             title=title,
             record=record,
             method=method,
-            scores=compared,
+            task=task,
+            base_class=(record.peft.get("auto_mapping") or {}).get("base_model_class"),
+            scores=_scores(record),
+            evaluations=_evaluations(record),
             plot=plot,
             repo_id=repo_id,
             native_folder=native_folder,
             pip_requirement=PIP_REQUIREMENT,
-            auto_class=auto_class,
-            texts=len(record.arguments.get("text_columns", [""])),
-            vllm_rank=_vllm_rank(record),
+            texts=len(record.arguments.get("text_columns") or [""]),
+            vllm_rank=vllm_rank(record, exported) if task.is_generation and not method.native else None,
             messages=_messages(record),
             facts=_facts(record),
             command=_command(record),
@@ -110,9 +115,40 @@ def render(
     return signed(card)
 
 
+def with_base(record: RunRecord, base_model: Any) -> RunRecord:
+    """The record with the base model that a person has named in the card, if the record knows none on the Hub.
+
+    PEFT writes the name by which the model was loaded into the card, too, and if it is a path, it may look like an id.
+    """
+    if record.base_model is not None or not isinstance(base_model, str) or base_model == record.model:
+        return record
+    return RunRecord.from_dict({**record.to_dict(), "base_model": base_model})
+
+
+def _front_matter(data: ModelCardData, more: Mapping[str, Any], title: str) -> str:
+    """The front matter with a person's further entries, and beside our results those of others."""
+    entries = data.to_dict()
+    more = {name: value for name, value in more.items() if name != "base_model" or _names(value, data.base_model)}
+    if data.license is None:
+        more = {name: value for name, value in more.items() if name not in LICENSE_ENTRIES}
+    others = more.pop("model-index", None)
+    if others:
+        [ours] = entries.get("model-index") or [{"name": title, "results": []}]
+        results = [*ours["results"], *(result for model in others for result in model["results"])]
+        entries["model-index"] = [{**ours, "results": results}]
+    return yaml_dump({**entries, **more}, sort_keys=False).strip()
+
+
+def _names(bases: Any, base_model: str | None) -> bool:
+    """Whether a person has named several base models, this one among them."""
+    return isinstance(bases, list) and base_model in bases
+
+
 def _method(record: RunRecord, exported: bool) -> Method:
     """The record's method, with what its start and an export add to it."""
     method = method_named(record.method)
+    if record.method == "lora" and record.peft.get("use_dora"):
+        method = DORA
     if exported:
         method = replace(method, tags=["lora", *method.tags], text=method.text + EXPORTED, native=False)
     if record.init == "lora_sb":
@@ -131,7 +167,32 @@ def _tags(record: RunRecord, tags: list[str]) -> list[str]:
     return list(dict.fromkeys(line(tag) for tag in tags))
 
 
+def _scores(record: RunRecord) -> list[dict[str, str]]:
+    """The scores before and after, as text. A score that is not finite has no change."""
+    rows = []
+    for name in record.compared_scores:
+        before, after = record.before[name], record.after[name]
+        difference = change(before, after)
+        texts = alike([before, after, *([] if difference is None else [difference])])
+        shown = "–" if difference is None else texts[2] if difference < 0 else f"+{texts[2]}"
+        rows.append({"name": name, "before": texts[0], "after": texts[1], "change": shown})
+    return rows
+
+
+def _evaluations(record: RunRecord) -> list[list[str]]:
+    """The losses by step, of the training and of the evaluations, if there were evaluations; a header comes first."""
+    rows, training = [], "–"
+    for entry in record.log:
+        loss = as_number(entry.get("loss"))
+        training = training if loss is None else f"{loss:.4g}"
+        loss = as_number(entry.get("eval_loss"))
+        if loss is not None and entry.get("step"):
+            rows.append([str(entry["step"]), training, f"{loss:.4g}"])
+    return [["step", "training loss", "evaluation loss"], *rows] if rows else []
+
+
 def _eval_results(record: RunRecord, task: str) -> list[EvalResult]:
+    """The scores for the model index, but for those that are not finite, which JSON does not have."""
     dataset = record.dataset_id or line(_short(record.dataset or "evaluation rows"))
     return [
         EvalResult(
@@ -144,6 +205,7 @@ def _eval_results(record: RunRecord, task: str) -> list[EvalResult]:
         )
         for name in record.compared_scores
         for scores, label in ((record.after, "with the adapter"), (record.before, "base model"))
+        if math.isfinite(scores[name])
     ]
 
 
@@ -156,14 +218,8 @@ def _messages(record: RunRecord) -> str | None:
     return "\n".join(["[", *(f"    {turn}" for turn in lines), "]"])
 
 
-def _vllm_rank(record: RunRecord) -> int:
-    """The smallest of vLLM's ranks that the adapter fits in."""
-    ranks = record.diagnostics.get("ranks") or [record.arguments.get("lora_r", 64)]
-    return next((rank for rank in VLLM_RANKS if rank >= ranks[-1]), VLLM_RANKS[-1])
-
-
 def _command(record: RunRecord) -> str | None:
-    command, processes = record.environment.get("command"), record.processes or 1
+    command, processes = record.environment.get("command"), as_number(record.processes) or 1
     if not command:
         return None
     options = ["--num_processes", str(processes)] if processes > 1 else []
@@ -172,26 +228,25 @@ def _command(record: RunRecord) -> str | None:
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
     """The training details that are known, in the order of interest."""
-    environment, seconds, numbers = record.environment, record.seconds, record.diagnostics
-    parameters, tokens = record.trainable_parameters, record.tokens
+    environment, numbers = record.environment, record.diagnostics
     facts: dict[str, Any] = {
-        "trained parameters": f"{parameters:,}" if parameters is not None else None,
-        "rank": " to ".join(map(str, dict.fromkeys(numbers.get("ranks", [])))),
-        "adapted layers": numbers.get("layers"),
+        "trained parameters": None if record.trainable_parameters is None else counted(record.trainable_parameters),
+        "rank": " to ".join(map(str, dict.fromkeys(numbers.get("ranks") or []))),
+        "adapted layers": numbers.get("layers") or None,
         "tensors with values that are not finite": numbers.get("not_finite"),
-        "balance gap ‖AAᵀ − BᵀB‖/‖BᵀB‖, mean": f"{numbers['balance_gap']:.3g}" if "balance_gap" in numbers else None,
+        "balance gap ‖AAᵀ − BᵀB‖/‖BᵀB‖, mean": rounded(numbers.get("balance_gap")),
         "commit of the base model": record.base_revision,
         "rows": record.train_rows,
         "dataset configuration": record.dataset_config,
         "dataset split": record.dataset_split,
         "dataset commit": record.dataset_revision,
         "dataset fingerprint": record.dataset_fingerprint,
-        "tokens": f"{tokens:,}" if tokens is not None else None,
+        "tokens": None if record.tokens is None else counted(record.tokens),
         "optimizer steps": record.step,
         "seed": record.seed,
         "processes": record.processes,
-        "backend": record.backend if (record.processes or 1) > 1 else None,
-        "training time": f"{seconds['train']:.3g} s" if "train" in seconds else None,
+        "backend": record.backend if (as_number(record.processes) or 1) > 1 else None,
+        "training time": f"{seconds} s" if (seconds := rounded(record.seconds.get("train"))) else None,
         "peak memory": ", ".join(f"{name} {gb} GB" for name, gb in record.peak_memory_gb.items()),
         "hardware": ", ".join(environment.get("gpus") or [environment.get("cpu") or ""]),
         **{name: value for name, value in record.arguments.items() if name != "output_dir"},
@@ -208,6 +263,9 @@ def _limits(record: RunRecord) -> list[str]:
             + (f" (seed {record.seed})" if record.seed is not None else "")
             + ", and another seed would give others."
         )
+    losses = [loss for _, loss in record.losses]
+    if broken := sum(not math.isfinite(loss) for loss in losses):
+        limits.append(f"{broken} of the {len(losses)} logged training losses are not finite.")
     if record.labels:
         limits.append(
             "The classifier on top of the base model was trained along with the adapter; before training it was the "
@@ -224,5 +282,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"text": text, "cell": cell, "code": code, "literal": literal, "number": "{:,}".format}
+    environment.filters |= {"text": text, "cell": cell, "code": code, "literal": literal, "number": counted}
     return environment

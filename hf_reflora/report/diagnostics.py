@@ -12,9 +12,9 @@ from ..reflora.diagnose import diagnose
 
 
 def method_of(config: PeftConfig) -> str:
-    """The method that an adapter's configuration tells: lora, lora_sb or lora_xs."""
+    """The method that an adapter's configuration tells: lora, lora_sb, lora_xs, or another type of PEFT, as "vera"."""
     if not isinstance(config, LoraSbConfig):
-        return "lora"
+        return str(getattr(config.peft_type, "value", config.peft_type)).lower()
     return "lora_xs" if config.init_weights == "lora_xs" else "lora_sb"
 
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from .front_matter import split_card
+from .front_matter import read_front_matter, split_card
 from .generated import library_of, without_pefts_lines
 
 
@@ -23,6 +23,10 @@ def is_edited(card: str) -> bool:
     text. Changes of the front matter are no edit: they are taken over into a new card, see
     `hf_reflora.report.front_matter.own_entries`.
     """
+    try:
+        read_front_matter(card)
+    except ValueError:
+        return True  # whoever has written it, it cannot be taken over
     body = split_card(card)[1]
     mark = MARK.search(body)
     if mark is None:

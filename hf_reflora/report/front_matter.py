@@ -100,9 +100,7 @@ def own_entries(card: str) -> OwnEntries:
         data = {name: value for name, value in data.items() if name not in ("licence", "model_name")}
     added = LIBRARY_TAGS | {tag for method in METHODS.values() for tag in method.tags}
     more = {name: value for name, value in data.items() if name not in RENDERED_ENTRIES and value is not None}
-    more |= {
-        name: data[name] for name, usual in LIBRARY_ENTRIES.items() if data.get(name) not in (None, "", *usual)
-    }
+    more |= {name: data[name] for name, usual in LIBRARY_ENTRIES.items() if data.get(name) not in (None, "", *usual)}
     if "datasets" in more:
         more["datasets"] = [name for name in _listed(more["datasets"]) if is_hub_id(name)]
     if names := [name for name in _listed(data.get("base_model")) if is_hub_id(name)]:
@@ -119,7 +117,7 @@ def own_entries(card: str) -> OwnEntries:
 
 
 def _results_of_others(models: Any) -> list[dict[str, Any]]:
-    """The models of a model index with the results that we have not rendered: a person's, or of a leaderboard's bot."""
+    """The models of a model index with the results that are not ours: a person's, or of a leaderboard's bot."""
     others = []
     for model in models if isinstance(models, list) else []:
         results = model.get("results") if isinstance(model, dict) else None
@@ -245,7 +243,11 @@ def _with_entries(card: str, changes: dict[str, Any]) -> str:
         named = [name for name in changes if re.match(rf"[\"']?{re.escape(name)}[\"']?\s*:", entry)]
         text += entry if not named else _entry(named[0], changes.pop(named[0]))
     text += "".join(_entry(name, value) for name, value in changes.items())
-    if yaml.load(text, _Loader) != wanted:  # a layout that cannot be changed in place, such as {a: 1, b: 2}
+    try:
+        is_right = (yaml.load(text, _Loader) or {}) == wanted
+    except yaml.YAMLError:
+        is_right = False
+    if not is_right:  # a layout that cannot be changed in place, such as {a: 1, b: 2}
         text = yaml_dump(wanted, sort_keys=False)
     return f"---\n{text}---\n{split_card(card)[1]}"
 

@@ -28,11 +28,14 @@ PLACEHOLDER = re.compile(r"(- \*\*[^*]+:\*\* )?\[More Information Needed\]")
 NUMBER = r"[-+\d.e]+|nan|-?inf"
 VERSION = re.compile(r"- (TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT):? \S+")
 # What transformers writes with the values of a run, by the heading above it; "" is the title's section.
+ORIGIN = (
+    r"This model (is a fine-tuned version of \[[^\]\s]*\]\(https://huggingface\.co/[^)\s]*\) on|"
+    r"was trained from scratch on)"
+)
+DATASETS = r"an unknown dataset|the [\w./-]+( dataset|(, the [\w./-]+)* and the [\w./-]+ datasets)"
 TRAINER_LINES = {
-    "": r"# \S+|This model (is a fine-tuned version of \[[^\]\s]*\]\(https://huggingface\.co/[^)\s]*\) on |was trained "
-    r"from scratch on )(an unknown dataset|the [\w./-]+( dataset|(, the [\w./-]+)* and the [\w./-]+ datasets))\."
-    r"|This model (is a fine-tuned version of \[[^\]\s]*\]\(https://huggingface\.co/[^)\s]*\) on|was trained from "
-    r"scratch on)|It achieves the following results on the evaluation set:|- [A-Z][\w ]*: (" + NUMBER + ")",
+    "": rf"# \S+|{ORIGIN}|{ORIGIN} ({DATASETS})\.|It achieves the following results on the evaluation set:|"
+    rf"- [A-Z][\w ]*: ({NUMBER})",
     "### Training hyperparameters": r"The following hyperparameters were used during training:|- \w+: ([\w.+-]+|"
     r"(Use|Adam)[\w .=(),+-]*(and the args are:)?)|No additional optimizer arguments",
     "### Training results": rf"\|[\w ]+(\|[\w /]+)*\||\|(:-+:\|)+|\|( ((No log|{NUMBER}) +)\|)+",
@@ -76,9 +79,7 @@ def _is_template(body: str, data: dict[str, Any]) -> bool:
     for filled in ({}, entries):
         known.update(without_pefts_lines(ModelCard.from_template(ModelCardData(**filled)).text))
     lines = without_pefts_lines(body)
-    return "# Model Card for Model ID" in lines and all(
-        line in known or PLACEHOLDER.fullmatch(line) for line in lines
-    )
+    return "# Model Card for Model ID" in lines and all(line in known or PLACEHOLDER.fullmatch(line) for line in lines)
 
 
 def _is_trainers(body: str) -> bool:

@@ -30,6 +30,11 @@ def is_license(value: Any) -> bool:
     return bool(values) and all(isinstance(entry, str) and entry.strip() for entry in values)
 
 
+def knows_license(value: Any) -> bool:
+    """Whether all ids of a license are in our list of the Hub's; None, for no license, is fine."""
+    return value is None or set(value if isinstance(value, list) else [value]) <= LICENSES
+
+
 def check_license(value: Any) -> None:
     """Warns of a license that is not in our list of the Hub's; None, for no license, is fine.
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from peft import PeftType
+
 
 REFLORA_PAPER = {
     "title": "RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models",
@@ -89,12 +91,44 @@ METHODS = {
 }
 
 
+# How people write PEFT's other types, where that is not the type's own name.
+PEFT_NAMES = {
+    "ADALORA": "AdaLoRA",
+    "ADAPTION_PROMPT": "LLaMA-Adapter",
+    "FOURIERFT": "FourierFT",
+    "IA3": "IA³",
+    "LN_TUNING": "LN tuning",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
+    "P_TUNING": "P-tuning",
+    "PREFIX_TUNING": "prefix tuning",
+    "PROMPT_TUNING": "prompt tuning",
+    "VBLORA": "VB-LoRA",
+    "VERA": "VeRA",
+    "XLORA": "X-LoRA",
+}
+DORA = Method(
+    name="DoRA",
+    tags=["lora"],
+    sentence="This is a DoRA adapter.",
+    text="DoRA trains B, A and m in W = m (W0 + s B A) / ‖W0 + s B A‖, with one norm and one m for each output.",
+)
+
+
 def method_named(name: str) -> Method:
-    """The method of a record.
+    """The method of a record: one of ours, or the type of an adapter of PEFT in small letters, such as "vera".
 
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in METHODS:
-        raise ValueError(f"There is no method {name!r}; a record's method is one of {', '.join(METHODS)}.")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    if name.upper() not in PeftType.__members__:
+        raise ValueError(
+            f"There is no method {name!r}; a record's method is one of {', '.join(METHODS)}, or a type of PEFT in "
+            "small letters."
+        )
+    shown = PEFT_NAMES.get(name.upper(), name.upper())
+    sentence = f"This is a PEFT adapter of the type {shown}."
+    return Method(name=shown, tags=[], sentence=sentence, text="")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from .environment import without_secrets, write_json
 from .ids import is_hub_id
 from .local_paths import without_local_paths
+from .numbers import as_number
 
 
 RECORD_NAME = "run_record.json"
@@ -49,6 +51,7 @@ class RunRecord:
     base_model: str | None = None  # its id on the Hub; None: it is not there
     base_revision: str | None = None  # the commit of `base_model`; None: it could not be told
     labels: list[str] = field(default_factory=list)  # of a classifier: the names of its classes
+    num_labels: int | None = None  # of a classifier whose classes have no known names: their number
     dataset: str | None = None  # the training data as the user named it, perhaps a path
     dataset_id: str | None = None  # its id on the Hub; None: it is not there
     dataset_revision: str | None = None  # commit
@@ -174,13 +177,17 @@ class RunRecord:
 
     @property
     def before(self) -> dict[str, float]:
-        """The scores of the base model, by name."""
-        return self.scores.get("before", {})
+        """The scores of the base model that are numbers, by name."""
+        return self._scores("before")
 
     @property
     def after(self) -> dict[str, float]:
-        """The scores with the trained adapter, by name."""
-        return self.scores.get("after", {})
+        """The scores with the trained adapter that are numbers, by name."""
+        return self._scores("after")
+
+    def _scores(self, when: str) -> dict[str, float]:
+        numbers = {name: as_number(value) for name, value in (self.scores.get(when) or {}).items()}
+        return {name: number for name, number in numbers.items() if number is not None}
 
     @property
     def compared_scores(self) -> list[str]:
@@ -190,7 +197,8 @@ class RunRecord:
     @property
     def evaluation_rows(self) -> int:
         """The number of rows that the scores are of, 0 if it is not known."""
-        return self.scores.get("rows") or 0
+        rows = as_number(self.scores.get("rows"))
+        return int(rows) if rows is not None and math.isfinite(rows) else 0
 
     @property
     def evaluation_split(self) -> str | None:
@@ -200,19 +208,11 @@ class RunRecord:
     @property
     def losses(self) -> list[tuple[int, float]]:
         """The training loss as (step, loss) in the log's order; entries whose loss is no number are left out."""
-        losses = ((entry.get("step"), _number(entry.get("loss"))) for entry in self.log)
+        losses = ((as_number(entry.get("step")), as_number(entry.get("loss"))) for entry in self.log)
         return [(step, loss) for step, loss in losses if step is not None and loss is not None]
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(RunRecord) if f.name != "extra")
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a number, None if it is none. In the file a number that is not finite is a text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _published(data: dict[str, Any]) -> dict[str, Any]:

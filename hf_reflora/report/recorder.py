@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from peft import PeftModel, TaskType
+from peft import PeftConfig, PeftModel, TaskType
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -25,6 +25,7 @@ from .failures import log_errors
 from .ids import commit_in_cache, hub_id
 from .json_values import changed_fields, jsonable
 from .record import RECORD_NAME, RunRecord
+from .tasks import auto_mapping
 
 
 logger = logging.get_logger(__name__)
@@ -152,13 +153,12 @@ class RunRecordCallback(TrainerCallback):
             model=name,
             base_model=base_model,
             base_revision=commit_in_cache(base_model, revision) if base_model else None,
-            # Without the base model's name, which is `model` already, and perhaps a path.
-            peft={k: v for k, v in non_default(config).items() if k != "base_model_name_or_path"},
+            peft=peft_settings(config, self._model),
             backend=backend_name(),
             # ZeRO-3 leaves a parameter of shape (0,) and keeps the number of its elements in ds_numel.
             trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         )
-        if config.task_type == TaskType.SEQ_CLS:
+        if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             self._describe(labels=list(model.config.id2label.values()))
         if isinstance(config, LoraSbConfig):  # its method implies the start, whatever the user named it
             self.facts |= {"method": method_of(config), "init": "default"}
@@ -308,6 +308,17 @@ def non_default(arguments: Any) -> dict[str, Any]:
         for name, value in changed_fields(arguments).items()
         if isinstance(value, PLAIN) and "hub_token" not in name
     }
+
+
+def peft_settings(config: PeftConfig, model: PeftModel | None = None) -> dict[str, Any]:
+    """The settings of an adapter that are not their defaults, but for the base model's name, which may be a path.
+
+    Where they have no task type, PEFT saves the class of the base model, which only the model tells.
+    """
+    settings = {name: value for name, value in non_default(config).items() if name != "base_model_name_or_path"}
+    if config.task_type is None and config.auto_mapping is None and model is not None:
+        settings["auto_mapping"] = auto_mapping(model)
+    return settings
 
 
 def dataset_facts(dataset: Any) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class BackgroundPushes:
             self.error = PushError(f"{error} Nothing is lost; this finishes it: {self._command(repo)}")
             raise self.error from None
         self.error = None
+        for note in done.notes:
+            logger.warning(note)
         for name, snapshot in checkpoints.items():
             if self._unpushed.get(name) == snapshot:  # else a newer snapshot has taken its place
                 del self._unpushed[name]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from ..report.front_matter import check_license
+from ..report.licenses import check_license
 from ..report.ids import hub_id
 
 

@@ -26,6 +26,7 @@ from ..report.card import render
 from ..report.edits import is_edited
 from ..report.environment import write_text
 from ..report.failures import log_errors
+from ..report.front_matter import OwnEntries, own_entries
 from ..report.ids import hub_id
 from ..report.plot import plot
 from ..report.record import RunRecord
@@ -229,7 +230,7 @@ class AdapterTrainerMixin(_Base):
 
         Raises:
             TypeError: for another argument.
-            ValueError: for a license that the Hub does not know.
+            ValueError: for a license that is neither an id nor a list of ids.
         """
         # TRL's trainers call it at every checkpoint, with the folder's name as the title. But output_dir has no
         # adapter at that time, or an older one, which a record would not describe.
@@ -263,18 +264,14 @@ class AdapterTrainerMixin(_Base):
     def _write_card(self, record: RunRecord, has_plot: bool) -> None:
         """Writes the card of the record that is in `output_dir`."""
         path = Path(self.args.output_dir) / CARD_NAME
-        if path.exists() and is_edited(path.read_text(encoding="utf-8")):
+        present = path.read_text(encoding="utf-8") if path.exists() else ""
+        if is_edited(present):
             logger.warning(f"{path} was edited by hand and is kept. Remove it to get a new one.")
             return
-        hub = self._hub_card.entries
-        text = render(
-            record,
-            repo_id=self.hub_model_id,
-            plot=PLOT_NAME if has_plot else None,
-            license=record.card.get("license") or hub.license,
-            language=record.card.get("language") or hub.language,
-            tags=[*record.card.get("tags", []), *hub.tags],
-        )
+        wishes = OwnEntries(record.card.get("license"), record.card.get("language"), record.card.get("tags", []))
+        # What a person has written into the front matter of the card that is there stays.
+        entries = wishes.over(own_entries(present)).over(self._hub_card.entries)
+        text = render(record, repo_id=self.hub_model_id, plot=PLOT_NAME if has_plot else None, **vars(entries))
         write_text(path, text)
 
     # Pushes

