@@ -64,10 +64,10 @@ def add_card(commands) -> None:
     parser = commands.add_parser(
         "card",
         help="render the model card of a run",
-        description="Render the model card of a run from what its run_record.json knows.",
+        description="Render the model card of a run from what its run_record.json knows, or else the adapter's files.",
         epilog="example: hf-reflora card runs/smollm2-135m-reflora/run_record.json",
     )
-    parser.add_argument("record", type=Path, help="run_record.json of the run")
+    parser.add_argument("record", type=Path, help="run_record.json of the run, or the adapter's folder")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="file to write (default: README.md beside the record)"
     )
@@ -82,18 +82,34 @@ def add_card(commands) -> None:
 
 
 def card(options: argparse.Namespace) -> None:
+    from .hub.staging import read_record
     from .report.card import render
+    from .report.edits import headings, is_edited, is_kept, lost_lines
+    from .report.front_matter import OwnEntries, own_entries
+    from .report.licenses import check_license
     from .report.plot import plot as draw
     from .report.record import RunRecord
 
-    record = RunRecord.load(options.record)
+    check_license(options.license)
+    path = options.record
+    if path.name == "adapter_config.json":
+        path = path.parent
+    record = read_record(path) if path.is_dir() else RunRecord.load(path)
     if options.base_model:
         record.replace(base_model=options.base_model)
-    output = options.output or options.record.with_name("README.md")
+    output = options.output or (path / "README.md" if path.is_dir() else path.with_name("README.md"))
+    present = output.read_text(encoding="utf-8") if output.is_file() else ""
+    if is_kept(present, has_record=record.knows("log") or record.knows("arguments")):
+        lines = lost_lines(present, "") or [present.strip().splitlines()[0]]
+        whose = "somebody has written" if is_edited(present) else "a Trainer has written and no run record has"
+        raise ValueError(
+            f"{output} has text that {whose}, under {headings(lines, present)}, and is not replaced. Name another "
+            "file with --output, or remove it."
+        )
     picture = output.with_name(options.plot)
     plot = options.plot if picture.exists() or draw(record, picture) else None
-    names = ("repo_id", "exported", "license", "language", "tags")
-    text = render(record, plot=plot, **{name: getattr(options, name) for name in names})
+    entries = OwnEntries(options.license, options.language, list(options.tags)).over(own_entries(present))
+    text = render(record, plot=plot, repo_id=options.repo_id, exported=options.exported, **vars(entries))
     output.write_text(text, encoding="utf-8", newline="\n")
     print(output)
 
@@ -153,6 +169,7 @@ def add_push(commands) -> None:
         help="push an adapter to the Hub, with its card",
         description="Push an adapter to the Hub in one commit, with the card of its run.",
         epilog="example: hf-reflora push runs/smollm2-135m-reflora me/tool-calls --private",
+        usage="%(prog)s [options] folder repo_id",
     )
     parser.add_argument("folder", type=Path, help="the adapter: an output_dir or a checkpoint")
     parser.add_argument("repo_id", help="repository on the Hub, made if there is none")

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -14,11 +14,12 @@ from ..report.front_matter import OwnEntries, check_front_matter, own_entries, r
 from ..report.ids import is_hub_id
 from ..report.licenses import check_license, knows_license
 from ..report.record import RunRecord
+from .eval_results import write_eval_results
 from .present_card import HubCard, base_in_cards, choose_card, read_hub_card
 from .repository import Repo, create_missing, prepare
 from .scan import check_files
 from .staging import CARD_NAME, NATIVE_FOLDER, PLOT_NAME, read_card, read_record, stage
-from .upload import check_card, upload
+from .upload import check_card, is_there, upload
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +90,8 @@ def push_adapter(
         other_base=other_base,
         create=False,  # not before the files have been checked
     )
-    return push_folder(
+    record, notes = _with_ids_that_are_there(record, repo, has_base=base_model is not None)
+    done = push_folder(
         folder,
         repo,
         record=record,
@@ -100,6 +102,29 @@ def push_adapter(
         replace_card=replace_card,
         message=message,
     )
+    return replace(done, notes=[*notes, *done.notes])
+
+
+def _with_ids_that_are_there(record: RunRecord, repo: Repo, *, has_base: bool) -> tuple[RunRecord, list[str]]:
+    """The record without names that look like an id and are none on the Hub, and sentences about them.
+
+    A name without a slash, such as gpt2, may be an id or a path, and so may any name in an adapter's configuration.
+    What a run has recorded with a slash is an id, because the run would have found a folder of that name.
+
+    Args:
+        has_base: The user has named the base model.
+    """
+    notes, entries = [], {}
+    base, dataset, trained = record.base_model, record.dataset_id, record.knows("log") or record.knows("arguments")
+    if base and not has_base and not (trained and "/" in base) and not is_there(repo, base, "model"):
+        entries["base_model"] = None
+        notes.append(
+            f"{base} is no model on the Hub that you can see, so that the card and the configuration name no base "
+            "model. If it is a local copy of one, name that with base_model (--base-model)."
+        )
+    if dataset and "/" not in dataset and not is_there(repo, dataset, "dataset"):
+        entries["dataset_id"] = None
+    return (RunRecord.from_dict({**record.to_dict(), **entries}) if entries else record), notes
 
 
 def push_folder(
@@ -158,6 +183,7 @@ def push_folder(
                 **vars(wishes.over(own_entries(own)).over(of_record).over(hub_card.entries)),
             )
         check_front_matter(text)
+        write_eval_results(staged, record)
         (staged / CARD_NAME).unlink(missing_ok=True)  # it may be a hard link, and writing would change the original
         if not card.is_hubs or card.is_changed:
             (staged / CARD_NAME).write_text(text, encoding="utf-8", newline="\n")

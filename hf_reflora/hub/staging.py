@@ -6,22 +6,26 @@ import os
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..adapter_files import published_names
 from ..lora_sb.config import LoraSbConfig
 from ..lora_sb.export import export_lora
+from ..report.adapter_config import read_adapter_config
 from ..report.diagnostics import diagnostics, method_of
 from ..report.edits import is_edited
 from ..report.ids import hub_id
 from ..report.local_paths import shortened, without_local_paths
 from ..report.plot import plot
 from ..report.record import RECORD_NAME, RunRecord
+from ..report.recorder import peft_settings
 from ..report.weights import check_weights, convert_weights, read_weights
 
 
 CARD_NAME, PLOT_NAME, NATIVE_FOLDER = "README.md", "training.png", "native"
+# How the names of the last layers of transformers' classifiers end, which have a row for each class.
+CLASSIFIERS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 # What is left out of checkpoints: a pickle that may contain a token, .env, …
 NEVER = ("training_args.bin", ".*", "__pycache__")
 # The settings in configurations that are paths on the machine that wrote them.
@@ -44,11 +48,32 @@ def read_record(folder: Path, base_model: str | None = None) -> RunRecord:
         record = RunRecord.load(folder / RECORD_NAME)
         _check_weights(record, folder, config)
     else:
-        name = config.base_model_name_or_path or "an unknown base model"
-        record = RunRecord(method=method_of(config), model=shortened(name), base_model=hub_id(name))
+        record = _record_of_files(folder, config)
+    mapping = config.auto_mapping
+    if mapping and not {"task_type", "auto_mapping"} & set(record.peft):  # only the saved configuration has it
+        record.update(peft={"auto_mapping": mapping})
     if base_model is not None:
         record.replace(base_model=base_model)
     return record
+
+
+def _record_of_files(folder: Path, config: PeftConfig) -> RunRecord:
+    """What the configuration and the weights tell of an adapter without a run record."""
+    name = config.base_model_name_or_path or "an unknown base model"
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        check_weights(folder)
+    tensors = read_weights(folder)
+    numbers = diagnostics(config, tensors) if isinstance(config, LoraConfig | LoraSbConfig) else {}
+    heads = [tensor for name, tensor in tensors.items() if name.endswith(CLASSIFIERS) and tensor.ndim == 2]
+    return RunRecord(
+        method=method_of(config),
+        model=shortened(name),
+        base_model=hub_id(name),
+        peft=peft_settings(config),
+        diagnostics=numbers,
+        trainable_parameters=numbers.pop("trained_numbers", None),
+        num_labels=len(heads[0]) if heads else None,
+    )
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -64,7 +89,7 @@ def read_config(folder: Path) -> PeftConfig:
             f"{folder} has no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} were looked for, found: "
             f"{there or 'nothing'}. Give a trainer's output folder, a checkpoint, or what save_pretrained wrote."
         )
-    return PeftConfig.from_pretrained(str(folder))
+    return read_adapter_config(folder)
 
 
 def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[str, Path]) -> list[str]:
@@ -168,7 +193,8 @@ def _check_weights(record: RunRecord, folder: Path, config: PeftConfig) -> None:
     """Raises if the diagnostics in the record are not those of the weights beside it."""
     recorded = record.diagnostics
     actual = diagnostics(config, read_weights(folder)) if recorded else {}
-    names = [name for name in recorded if name.startswith(("norm", "layers"))]
+    # Older records do not count embeddings among the layers, so that norms decide where there are some.
+    names = [name for name in recorded if name.startswith("norm")] or [name for name in recorded if name == "layers"]
     differ = [name for name in names if not _close(recorded[name], actual.get(name))]
     if differ:
         raise ValueError(

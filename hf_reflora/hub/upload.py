@@ -9,7 +9,12 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from ..report.front_matter import LICENSE_ENTRIES, OwnEntries
@@ -131,6 +136,19 @@ def license_of(repo: Repo, model_id: str) -> OwnEntries:
     if "license_link" in more and "://" not in more["license_link"]:  # a file in the base model's repository
         more["license_link"] = f"{constants.ENDPOINT}/{model_id}/blob/main/{more['license_link'].removeprefix('./')}"
     return OwnEntries(license=entries["license"], more=more)
+
+
+def is_there(repo: Repo, name: str, kind: str) -> bool:
+    """Whether the Hub has a "model" or "dataset" of this id that the user can see; True if it cannot be reached."""
+    try:
+        repo.api.repo_info(name, repo_type=kind)
+    except GatedRepoError:
+        return True
+    except RepositoryNotFoundError:
+        return False
+    except FAILURES:
+        return True
+    return True
 
 
 def is_public(model_id: str, token: str | None) -> bool:

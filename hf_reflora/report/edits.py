@@ -4,16 +4,16 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from .front_matter import read_front_matter, split_card
+from .front_matter import MARKED, read_front_matter, split_card
 from .generated import library_of, without_pefts_lines
 
 
-MARK = re.compile(r"<!-- rendered by hf_reflora; as long as nobody edits it: ([0-9a-f]{16}) -->")
+MARK = re.compile(rf"{MARKED}; as long as nobody edits it: ([0-9a-f]{{16}}) -->")
 
 
 def signed(card: str) -> str:
     """The card with a mark in its last line by which `is_edited` recognizes it as long as its body is the same."""
-    return f"{card}\n<!-- rendered by hf_reflora; as long as nobody edits it: {_digest(split_card(card)[1])} -->\n"
+    return f"{card}\n{MARKED}; as long as nobody edits it: {_digest(split_card(card)[1])} -->\n"
 
 
 def is_edited(card: str) -> bool:

@@ -40,6 +40,7 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
     facts = {
         "command": redacted([script.as_posix(), *sys.argv[1:]]) if is_script else None,
         "commit": _git(repository, "rev-parse", "HEAD"),
+        "repository": public_address(_git(repository, "config", "--get", "remote.origin.url")),
         "uncommitted_changes": None if (status := _git(repository, "status", "--porcelain")) is None else bool(status),
         "python": platform.python_version(),
         "versions": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
@@ -160,6 +161,18 @@ def _git(repository: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def public_address(remote: str | None) -> str | None:
+    """The https address of git's remote, without user names and tokens; None for one on this machine or network."""
+    if remote is None:
+        return None
+    # https://USER:TOKEN@HOST/PATH, ssh://git@HOST:PORT/PATH, or git@HOST:PATH as scp writes it
+    address = re.fullmatch(r"(?:(?:https|ssh|git)://(?:[^@/]*@)?([\w.-]+)(?::\d+)?/|[\w.-]+@([\w.-]+):)(\S+)", remote)
+    if address is None:
+        return None
+    host, path = address[1] or address[2], address[3].removesuffix("/").removesuffix(".git")
+    return f"https://{host}/{path}" if "." in host and not re.fullmatch(r"[\d.]+", host) else None
 
 
 @functools.cache  # py-cpuinfo takes more than a second

@@ -26,6 +26,7 @@ LIBRARY_ENTRIES = {"library_name": ("peft", "transformers"), "pipeline_tag": ("t
 # Tags that a library adds. With those of the methods they are not the user's.
 LIBRARY_TAGS = {"sft", "trl", "transformers", "generated_from_trainer", "peft"}
 LICENSE_ENTRIES = ("license_name", "license_link")
+MARKED = "<!-- rendered by hf_reflora"  # in a card of ours, see `hf_reflora.report.edits.signed`
 OURS = (" (with the adapter)", " (base model)")  # how the names of our own results end
 
 
@@ -102,7 +103,10 @@ def own_entries(card: str) -> OwnEntries:
     more = {name: value for name, value in data.items() if name not in RENDERED_ENTRIES and value is not None}
     more |= {name: data[name] for name, usual in LIBRARY_ENTRIES.items() if data.get(name) not in (None, "", *usual)}
     if "datasets" in more:
-        more["datasets"] = [name for name in _listed(more["datasets"]) if is_hub_id(name)]
+        # Our text links the dataset of the record, which is not the next record's.
+        ours = split_card(card)[1] if MARKED in card else ""
+        names = [name for name in _listed(more["datasets"]) if is_hub_id(name)]
+        more["datasets"] = [name for name in names if f"(https://huggingface.co/datasets/{name})" not in ours]
     if names := [name for name in _listed(data.get("base_model")) if is_hub_id(name)]:
         more["base_model"] = data["base_model"] if len(names) > 1 else names[0]
     if results := _results_of_others(data.get("model-index")):

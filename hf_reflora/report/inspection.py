@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
-from peft.utils import load_peft_weights
+from peft import LoraConfig
 
 from ..lora_sb.config import LoraSbConfig
+from .adapter_config import read_adapter_config
 from .diagnostics import diagnostics, method_of
 from .record import RECORD_NAME, RunRecord
+from .weights import read_weights
 
 
 SHOWN = {
@@ -39,13 +40,13 @@ def inspect_adapter(adapter: str | os.PathLike) -> dict[str, Any]:
         far B and A are from orthonormal.
 
     Raises:
-        ValueError: for an adapter that is neither LoRA nor LoRA-SB.
+        ValueError: for an adapter that is neither LoRA nor LoRA-SB, or whose files are broken.
     """
-    config = PeftConfig.from_pretrained(str(adapter))
+    config = read_adapter_config(adapter)
     if type(config) not in (LoraConfig, LoraSbConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"inspect knows LoRA, LoRA-SB and LoRA-XS adapters; this one is {kind}.")
-    tensors = load_peft_weights(str(adapter), device="cpu")
+    tensors = read_weights(adapter)
     path = Path(adapter) / RECORD_NAME
     record = RunRecord.load(path) if path.is_file() else RunRecord(method=method_of(config))
     numbers = diagnostics(config, tensors)
@@ -58,7 +59,7 @@ def inspect_adapter(adapter: str | os.PathLike) -> dict[str, Any]:
         "layers": numbers.pop("layers"),
         "rank": " to ".join(map(str, dict.fromkeys(ranks))) or None,
         "trained numbers": numbers.pop("trained_numbers"),
-        "modules saved whole": ", ".join(config.modules_to_save or []) or None,
+        "saved modules": ", ".join(config.modules_to_save or []) or None,
         "size": f"{sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6:.1f} MB",
         "trained at commit": record.environment.get("commit"),
         **{SHOWN[name]: f"{value:.4g}" for name, value in numbers.items()},

@@ -10,7 +10,7 @@ def as_number(value: Any) -> int | float | None:
     try:
         number = float(value)
     except OverflowError:  # an integer of more digits than a float has exponents
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         return None
     return value if isinstance(value, int) else number

@@ -1,5 +1,6 @@
 """Whether an adapter's file of weights is one: readable, complete and finite."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -73,8 +74,8 @@ def convert_weights(folder: Path) -> None:
     path.unlink()
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter in `folder`, on the CPU, in either form.
+def read_weights(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in `folder`, or of one on the Hub, on the CPU, in either form.
 
     Raises:
         ValueError: the file cannot be read.

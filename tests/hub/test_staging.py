@@ -399,7 +399,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path, files, told):
             refuse(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["base", "/data/base", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["my base", "/data/base", "a/b/c", ""])
 def test_a_base_that_is_no_id_is_refused(folder, name):
     with pytest.raises(ValueError, match="base_model must be an id on the Hub such as org/model, got "):
         push_adapter(folder, "me/x", base_model=name, token="x")

@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_reflora import LoraSbConfig
 from hf_reflora.cli import main
@@ -45,11 +47,67 @@ def test_lora_sb(tmp_path, init):
     config = LoraSbConfig(r=4, target_modules=["q_proj"], init_weights=init, modules_to_save=["lm_head"])
     facts = inspect_adapter(saved(config, tmp_path))
     assert facts["PEFT type"] == "LORASB"
-    assert facts["trained numbers"] == 2 * 4**2
-    assert facts["modules saved whole"] == "lm_head"
+    assert facts["trained numbers"] == 2 * 4**2 + 260 * 32
+    assert facts["saved modules"] == "lm_head"
     assert (facts["‖R‖, mean"] == "0") == (init is not False)
     assert (float(facts["BᵀB − I, largest"]) < 1e-5) == (init != "lora_xs")
     assert float(facts["AAᵀ − I, largest"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "rank", "trained"),
+    [
+        ({"target_modules": ["q_proj"]}, 2, "4", 2 * (4 * 32 + 32 * 4)),
+        ({"target_modules": ["embed_tokens"]}, 1, "4", 4 * 260 + 32 * 4),
+        ({"target_modules": ["q_proj"], "use_dora": True}, 2, "4", 2 * (4 * 32 + 32 * 4 + 32)),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, 2, "4", 2 * (4 * 32 + 32 * 4 + 32)),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 2, "4", 2 * 8 * 32 + 260 * 32),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 7]}, 2, "4", 2 * 8 * 32 + 3 * 32),
+    ],
+    ids=str,
+)
+def test_all_that_was_trained_is_counted(tmp_path, config, layers, rank, trained):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(), LoraConfig(r=4, **config))
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # What PEFT saves of a base model whose vocabulary may have changed was not trained.
+    model.save_pretrained(tmp_path, save_embedding_layers="embed_tokens" in config["target_modules"])
+    facts = inspect_adapter(tmp_path)
+    assert (facts["layers"], facts["rank"], facts["trained numbers"]) == (layers, rank, trained)
+
+
+def test_experts_have_the_rank_of_their_configuration(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 260, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **experts))
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path)
+    facts = inspect_adapter(tmp_path)
+    assert (facts["layers"], facts["rank"]) == (4, "4")
+    assert facts["trained numbers"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_broken_files_are_named_in_one_line(tmp_path, capsys):
+    saved(LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_B" not in name}, path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "adapter_config.json").write_bytes((tmp_path / "adapter_config.json").read_bytes())
+    (tmp_path / "bin" / "adapter_model.bin").write_bytes(b"no pickle")
+    (tmp_path / "empty").mkdir()
+    places = {
+        tmp_path: "only one factor of a LoRA pair",
+        tmp_path / "bin": "cannot be read",
+        tmp_path / "empty": "Can't",
+    }
+    for folder, message in places.items():
+        with pytest.raises(SystemExit):
+            main(["inspect", str(folder)])
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
 
 
 def test_the_run_record_tells_the_method(tmp_path):

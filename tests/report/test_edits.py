@@ -102,6 +102,13 @@ def test_the_front_matter_of_a_person_survives_every_rendering(change):
     assert render(RunRecord.from_dict(RECORD), **vars(own_entries(again))) == again
 
 
+def test_the_dataset_of_an_earlier_run_does_not_stay():
+    card = fresh(dataset_id="org/old", dataset="org/old")
+    changed = with_front_matter(card, datasets=["org/old", "org/mine"])
+    again = render(RunRecord.from_dict(RECORD | {"dataset_id": "org/new"}), **vars(own_entries(changed)))
+    assert front_matter(again)["datasets"] == ["org/new", "org/mine"]
+
+
 def test_results_of_others_stay_beside_ours():
     card = fresh(scores={"before": {"exact": 0.0}, "after": {"exact": 0.5}})
     data = front_matter(card)

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from hf_reflora.report.environment import environment, peak_memory_gb, redacted, write_json
+from hf_reflora.report.environment import environment, peak_memory_gb, public_address, redacted, write_json
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,19 @@ def test_write_json_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"loss": 1, "bad": object()})
     assert json.loads(path.read_text(encoding="utf-8"))["loss"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://github.com/org/name.git", "https://github.com/org/name"),
+        ("https://me:ghp_secret@github.com/org/name", "https://github.com/org/name"),
+        ("https://oauth2:secret@gitlab.example.org/group/sub/name.git/", "https://gitlab.example.org/group/sub/name"),
+        ("git@github.com:org/name.git", "https://github.com/org/name"),
+        ("ssh://git@gitlab.example.org:2222/org/name.git", "https://gitlab.example.org/org/name"),
+        *((None, None), ("/srv/git/name.git", None), ("../name", None), ("file:///srv/name", None), ("", None)),
+        *(("git@server:name.git", None), ("http://10.0.0.5/name.git", None), ("ssh://me@10.0.0.5/x", None)),
+    ],
+)
+def test_the_repository_is_named_without_credentials(remote, address):
+    assert public_address(remote) == address

@@ -352,6 +352,11 @@ class Hub(ThreadingHTTPServer):
     def auth_check(self, request, repo):
         return {}
 
+    @route("GET", r"/api/(models|datasets)/([^/]+)", "read")
+    def look_at_legacy(self, request, repo):
+        """What is older than namespaces, such as gpt2 and squad, has an id without a slash."""
+        return repo.info(repo.at("main"), False)
+
     @route("GET", REPO + "(?:/(revision|tree|commits|refs|runtime)(?:/([^/]+)(?:/(.*))?)?)?", "read")
     def look(self, request, repo, what, revision, path):
         oid = repo.at(revision or "main")
@@ -564,6 +569,9 @@ class Hub(ThreadingHTTPServer):
             self.users[body["token"]] = {"role": "write", "orgs": []} | body
         elif what == "settings":
             self.settings |= body
+        elif what == "add":
+            repo = Repo(body["kind"], body["id"], "huggingface")
+            self.repos[repo.key] = repo
         elif what == "log":
             answer = self.log
         elif what == "state":

@@ -90,6 +90,11 @@ class LocalHub:
         """Add a user: role ("write", "read", "fineGrained"), orgs, fineGrained (as in whoami)."""
         self._control("user", {"name": name, "token": token, **user})
 
+    def add(self, repo_id):
+        """Add a public repository of nobody, also one with an id without a slash: "gpt2", "datasets/squad"."""
+        kind, _, name = repo_id.rpartition("/") if repo_id.startswith("datasets/") else ("models", "", repo_id)
+        self._control("add", {"kind": kind, "id": name})
+
     def settings(self, **settings):
         """Set lfs_threshold or chunk_size (of the multipart uploads), both in bytes."""
         self._control("settings", settings)

@@ -183,6 +183,7 @@ def test_large_files_go_in_parts(server, upload_path, tmp_path):
 
 
 def test_without_a_record_the_card_says_what_the_configuration_does(server, tmp_path):
+    HfApi().create_repo("me/base")
     push_adapter(saved_adapters.lora(tmp_path, record=None), "me/adapter")
     data = front_matter(server, "me/adapter")
     assert (data["base_model"], data["tags"]) == ("me/base", ["base_model:adapter:me/base", "lora", "transformers"])
@@ -268,10 +269,47 @@ def test_options_are_written_into_a_card_that_is_kept(server, tmp_path, capsys):
     assert (folder / "README.md").read_text(encoding="utf-8") == "# My poet\n\nIt rhymes.\n"
 
 
+def test_names_without_a_slash_are_ids_if_the_hub_has_them(server, tmp_path, capsys):
+    HfApi(token=server.tokens["other"]).create_repo("other/base", private=True)
+    server.add("gpt2")
+    server.add("datasets/squad")
+    folder = saved_adapters.lora(tmp_path, base="gpt2", record=None)
+    push_adapter(folder, "me/adapter")
+    assert front_matter(server, "me/adapter")["base_model"] == "gpt2"
+    assert json.loads(server.read("me/adapter", "adapter_config.json"))["base_model_name_or_path"] == "gpt2"
+    for name in ("gpt-absent", "models/chatglm-6b", "other/base"):
+        folder = saved_adapters.lora(tmp_path, base=name, record=None)
+        main(["push", str(folder), "me/adapter"])
+        assert f"{name} is no model on the Hub that you can see, so that" in capsys.readouterr().out
+        assert "base_model" not in front_matter(server, "me/adapter")
+        assert json.loads(server.read("me/adapter", "adapter_config.json"))["base_model_name_or_path"] is None
+        push_adapter(folder, "me/adapter", base_model="gpt2")
+        assert front_matter(server, "me/adapter")["base_model"] == "gpt2"
+    for dataset, shown in (("squad", ["squad"]), ("rows", None)):
+        record = {**saved_adapters.RECORD, "dataset": dataset, "dataset_id": dataset}
+        push_adapter(saved_adapters.lora(tmp_path, record=record), "me/adapter", other_base=True)
+        assert front_matter(server, "me/adapter").get("datasets") == shown
+
+
+def test_scores_go_to_the_hub_in_its_newer_form_too(server, tmp_path):
+    scores = {"rows": 4, "split": "test", "before": {"exact": 0.0, "f": 1.0}, "after": {"exact": 0.5, "f": "nan"}}
+    record = {**saved_adapters.RECORD, "dataset": "me/data", "dataset_id": "me/data", "scores": scores}
+    push_adapter(saved_adapters.lora(tmp_path, record=record), "me/adapter")
+    if not hasattr(huggingface_hub, "EvalResultEntry"):
+        assert ".eval_results/hf_reflora.yaml" not in server.files("me/adapter")
+        return
+    entries = yaml.safe_load(server.read("me/adapter", ".eval_results/hf_reflora.yaml"))
+    [entry] = huggingface_hub.parse_eval_result_entries(entries)
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("me/data", "exact", 0.5)
+    assert entry.notes == "base model: 0.000, 4 rows, split test"
+
+
 @pytest.mark.parametrize("where", ["hub", "folder"])
 def test_entries_of_a_person_survive_a_new_card(server, tmp_path, where):
     folder = saved_adapters.lora(tmp_path, record=None)
-    own = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://x.y\ndatasets: squad\nwidget:\n- text: x\n---\n"
+    own = (
+        "---\nlicense: other\nlicense_name: mine\nlicense_link: https://x.y\ndatasets: squad\nwidget: [text: x]\n---\n"
+    )
     if where == "hub":
         put_card(own)
     else:
@@ -311,6 +349,7 @@ def test_a_card_of_trl_is_replaced_by_that_of_a_record(server, tmp_path):
 
 
 def test_without_a_record_a_trainers_card_stays_and_its_front_matter_is_mended(server, tmp_path):
+    HfApi().create_repo("me/base")
     summary = TrainingSummary(
         "adapter",
         finetuned_from="me/base",
