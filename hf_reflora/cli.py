@@ -188,8 +188,8 @@ def add_push(commands) -> None:
 def push(options: argparse.Namespace) -> None:
     from .hub.adapter import push_adapter
 
-    names = ("private", "revision", "create_pr", "base_model", "other_base", "license", "language", "tags")
-    names = (*names, "replace_card")
+    names = ["private", "revision", "create_pr", "base_model", "other_base", "license", "language", "tags"]
+    names.append("replace_card")
     done = push_adapter(options.folder, options.repo_id, **{name: getattr(options, name) for name in names})
     print(f"{done.commit.pr_url or done.commit.commit_url}")
     print(f"{done.repo_id}: {', '.join(done.files)}")

@@ -114,7 +114,8 @@ def _with_ids_that_are_there(record: RunRecord, repo: Repo, *, has_base: bool) -
     Args:
         has_base: The user has named the base model.
     """
-    notes, entries = [], {}
+    notes: list[str] = []
+    entries: dict[str, None] = {}
     base, dataset, trained = record.base_model, record.dataset_id, record.knows("log") or record.knows("arguments")
     if base and not has_base and not (trained and "/" in base) and not is_there(repo, base, "model"):
         entries["base_model"] = None

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
@@ -79,7 +79,7 @@ def render(
         base_model=record.base_model,
         library_name=more.pop("library_name", "peft"),
         pipeline_tag=pipeline_tag,
-        license=license or wishes.get("license"),
+        license=cast(Any, license or wishes.get("license")),  # the Hub takes a list, too
         language=language if language is None or isinstance(language, str) else list(language),
         datasets=[name for name in dict.fromkeys(datasets) if name] or None,
         tags=_tags(record, tags),
@@ -139,7 +139,7 @@ def _front_matter(data: ModelCardData, more: Mapping[str, Any], title: str) -> s
     return yaml_dump({**entries, **more}, sort_keys=False).strip()
 
 
-def _names(bases: Any, base_model: str | None) -> bool:
+def _names(bases: Any, base_model: Any) -> bool:
     """Whether a person has named several base models, this one among them."""
     return isinstance(bases, list) and base_model in bases
 

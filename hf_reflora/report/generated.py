@@ -122,7 +122,7 @@ def _is_trls(body: str, data: dict[str, Any]) -> bool:
     name = value(r"This model was trained with (\w+)")
     trainer = getattr(trl, f"{name}Trainer", None)
     paper = getattr(trainer, "_paper", {})
-    values = {
+    values: dict[str, Any] = {
         "base_model": value(r"fine-tuned version of \[([^\]\s]*)\]"),
         "model_name": data.get("model_name"),
         "hub_model_id": value(r'model="([\w./-]*)"'),

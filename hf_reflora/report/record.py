@@ -206,7 +206,7 @@ class RunRecord:
         return self.scores.get("split")
 
     @property
-    def losses(self) -> list[tuple[int, float]]:
+    def losses(self) -> list[tuple[float, float]]:
         """The training loss as (step, loss) in the log's order; entries whose loss is no number are left out."""
         losses = ((as_number(entry.get("step")), as_number(entry.get("loss"))) for entry in self.log)
         return [(step, loss) for step, loss in losses if step is not None and loss is not None]
