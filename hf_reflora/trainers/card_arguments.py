@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from ..report.licenses import check_license
 from ..report.ids import hub_id
+from ..report.licenses import check_license
 
 
 Names: TypeAlias = str | Sequence[str] | None
@@ -28,7 +28,7 @@ def record_entries(
     What is not given, or empty, is in neither. The arguments are explained at `AdapterTrainerMixin.create_model_card`.
 
     Raises:
-        ValueError: for a license that the Hub does not know.
+        ValueError: for a license that is neither an id nor a list of ids.
     """
     check_license(license)
     ids = [name for name in map(hub_id, listed(dataset_tags)) if name is not None]
