@@ -142,7 +142,10 @@ def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[st
 def read_card(folder: Path) -> str:
     """The text of the folder's card, "" if it has none."""
     path = folder / CARD_NAME
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8, which the Hub shows: {error}. Save it as UTF-8.") from error
 
 
 def link(source: str | os.PathLike, target: str | os.PathLike) -> None:

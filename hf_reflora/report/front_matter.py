@@ -82,8 +82,8 @@ def read_front_matter(card: str) -> dict[str, Any]:
         data = yaml.load(split_card(card)[0], _Loader)
     except yaml.YAMLError as error:
         raise ValueError(
-            f"The card has no front matter that can be read, between the two lines `---` at the top of README.md: "
-            f"{error}"
+            "The card has no front matter that can be read, between the two lines `---` at the top of README.md: "
+            + " ".join(str(error).split())
         ) from error
     return data if isinstance(data, dict) else {}
 
@@ -102,13 +102,14 @@ def own_entries(card: str) -> OwnEntries:
     added = LIBRARY_TAGS | {tag for method in METHODS.values() for tag in method.tags}
     more = {name: value for name, value in data.items() if name not in RENDERED_ENTRIES and value is not None}
     more |= {name: data[name] for name, usual in LIBRARY_ENTRIES.items() if data.get(name) not in (None, "", *usual)}
+    # Our own text links the record's dataset and base model, which need not be the next record's.
+    ours = split_card(card)[1] if MARKED in card else ""
     if "datasets" in more:
-        # Our text links the dataset of the record, which is not the next record's.
-        ours = split_card(card)[1] if MARKED in card else ""
         names = [name for name in _listed(more["datasets"]) if is_hub_id(name)]
         more["datasets"] = [name for name in names if f"(https://huggingface.co/datasets/{name})" not in ours]
     if names := [name for name in _listed(data.get("base_model")) if is_hub_id(name)]:
-        more["base_model"] = data["base_model"] if len(names) > 1 else names[0]
+        if len(names) > 1 or f"(https://huggingface.co/{names[0]})" not in ours:
+            more["base_model"] = data["base_model"] if len(names) > 1 else names[0]
     if results := _results_of_others(data.get("model-index")):
         more["model-index"] = results
     license = data.get("license")
@@ -145,6 +146,8 @@ def check_front_matter(card: str) -> None:
     """
     data = read_front_matter(card)
     wrong = []
+    if not data and split_card(card)[0].strip():
+        wrong.append("between the two lines `---` at the top are no entries such as `license: mit`")
     for key, what in (("base_model", "an id on the Hub"), ("datasets", "ids on the Hub"), ("tags", "names")):
         values = data.get(key, [])
         for value in values if isinstance(values, list) else [values]:

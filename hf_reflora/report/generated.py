@@ -24,6 +24,12 @@ PEFT_QUANTIZATION = re.compile(
 )
 PEFT_HEADINGS = ("## Training procedure", "### Framework versions")
 
+# Lines of the template that huggingface_hub wrote until 0.20 and writes otherwise now.
+OLDER_TEMPLATE = {
+    "<!-- This should link to a Data Card, perhaps with a short stub of information on what the training data is all "
+    "about as well as documentation related to data pre-processing or additional filtering. -->",
+    "<!-- This should link to a Data Card if possible. -->",
+}
 PLACEHOLDER = re.compile(r"(- \*\*[^*]+:\*\* )?\[More Information Needed\]")
 NUMBER = r"[-+\d.e]+|nan|-?inf"
 VERSION = re.compile(r"- (TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT):? \S+")
@@ -74,7 +80,7 @@ def without_pefts_lines(body: str) -> list[str]:
 def _is_template(body: str, data: dict[str, Any]) -> bool:
     """Whether all lines are of huggingface_hub's template, which PEFT writes, with placeholders or the front matter's
     entries in it."""
-    known = set()
+    known = set(OLDER_TEMPLATE)
     entries = {name: data[name] for name in ("base_model", "language", "license") if name in data}
     for filled in ({}, entries):
         known.update(without_pefts_lines(ModelCard.from_template(ModelCardData(**filled)).text))

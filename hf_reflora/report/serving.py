@@ -16,6 +16,7 @@ VLLM_TAKES = {
     "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
     "layer_replication": ([], None),
+    "alora_invocation_tokens": (None,),  # an activated LoRA counts from these tokens on
     # The others change the base model's weights, too, which vLLM takes as they are.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }

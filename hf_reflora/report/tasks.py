@@ -1,6 +1,6 @@
 """What an adapter is for, as far as its configuration tells: the Hub's pipeline tag and the classes that load it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .record import RunRecord
@@ -45,12 +45,19 @@ CLASS_ENDINGS = {
     "ForAudioClassification": ("audio-classification", None),
     "ForCTC": ("automatic-speech-recognition", None),
 }
+# Adapters of several tasks, whose models take the number of one along with the tokens.
+NEEDS_TASK_IDS = ("poly", "multitask_prompt_tuning")
 # Tags of TRL's trainers that train decoders. A record without PEFT's settings may be of one of them.
 LANGUAGE_TAGS = {"sft", "dpo", "grpo", "kto", "rloo"}
 
 
 def task_of(record: RunRecord) -> Task:
     """The task by PEFT's task type, or by the class of the base model; neither: by the trainer's tags."""
+    task = _task_of_settings(record)
+    return replace(task, example=None) if record.method in NEEDS_TASK_IDS else task
+
+
+def _task_of_settings(record: RunRecord) -> Task:
     task_type = record.peft.get("task_type")
     if task_type in TASK_TYPES:
         return TASK_TYPES[task_type]

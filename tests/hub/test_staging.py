@@ -408,6 +408,12 @@ def test_a_base_that_is_no_id_is_refused(folder, name):
 # Whose card it is
 
 
+def test_a_card_in_another_encoding_is_named(folder, tmp_path):
+    (folder / "README.md").write_bytes("# Düsseldorf".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"README.md is no text in UTF-8, which the Hub shows: .* Save it as UTF-8."):
+        staged(folder, tmp_path / "out")
+
+
 def test_a_card_of_ones_own_is_staged_as_it_is(folder, tmp_path):
     own = (folder / "README.md").read_text() + "\nA sentence of mine.\n"
     (folder / "README.md").write_text(own)

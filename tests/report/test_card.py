@@ -199,18 +199,19 @@ def test_user_text_stays_text(text):
         ("license: []", "license must be an id or a list of ids"),
         ("tags:\n- 3", "tags must be names, got 3"),
         ("model-index: x", "no front matter that can be read|model-index must be"),
+        ("- a\n- b", "at the top are no entries such as `license: mit`"),
         ("x: [", "no front matter that can be read"),
     ],
 )
 def test_wrong_front_matter_raises(change, message):
     with pytest.raises(ValueError, match=message):
-        check_front_matter(f"---\nlibrary_name: peft\n{change}\n---\n# x\n")
+        check_front_matter(f"---\n{change}\n---\n# x\n")
 
 
 @pytest.mark.parametrize(
     "card",
     [
-        *("", "# My adapter\n", "---\nlicense: mit\n---\n", "---\n---\n# x\n", "---\njust text\n---\n# x\n"),
+        *("", "# My adapter\n", "---\nlicense: mit\n---\n", "---\n---\n# x\n"),
         *("\n\n---\nlibrary_name: peft\n---\n", "\ufeff---\nlicense: mit\n---\n# x\n"),
         "---\nlicense: [mit, apache-2.0]\nbase_model:\n- org/a\n- gpt2\ndatasets: squad\ntags: lora\n---\n",
         "---\nmodel-index:\n- name: x\n  results: []\n---\n",

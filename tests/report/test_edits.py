@@ -43,7 +43,7 @@ def test_a_rendered_card_is_not_edited(card):
 
 
 def test_own_entries_are_what_no_record_knows():
-    assert own_entries(fresh()) == OwnEntries("mit", ["en", "de"], ["mine"], {"base_model": "org/base"})
+    assert own_entries(fresh()) == OwnEntries("mit", ["en", "de"], ["mine"])
     assert own_entries("") == own_entries("# A title\n\ntext") == OwnEntries()
     every = [
         *(
@@ -107,6 +107,11 @@ def test_the_dataset_of_an_earlier_run_does_not_stay():
     changed = with_front_matter(card, datasets=["org/old", "org/mine"])
     again = render(RunRecord.from_dict(RECORD | {"dataset_id": "org/new"}), **vars(own_entries(changed)))
     assert front_matter(again)["datasets"] == ["org/new", "org/mine"]
+
+
+def test_the_base_model_of_an_earlier_run_does_not_stay():
+    assert "base_model" not in own_entries(fresh()).more
+    assert own_entries(with_front_matter(fresh(), base_model="org/mine")).more["base_model"] == "org/mine"
 
 
 def test_results_of_others_stay_beside_ours():
@@ -288,7 +293,8 @@ def test_a_template_with_a_sentence_of_ones_own_is_edited(change):
 def test_an_older_template_is_nobodys_text_either():
     """Its fields had other names; all are empty."""
     card = template().replace("- **Funded by [optional]:** [More Information Needed]\n", "")
-    assert not is_edited(card.replace("- **Model type:**", "- **Kind:**"))
+    comment = "<!-- This should link to a Data Card if possible. -->"
+    assert not is_edited(card.replace("- **Model type:**", f"{comment}\n\n- **Kind:**"))
 
 
 def trl_card(**changes) -> str:

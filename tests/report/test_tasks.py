@@ -10,13 +10,24 @@ import transformers
 import yaml
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
+    BOFTConfig,
+    C3AConfig,
+    FourierFTConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    PolyConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -29,6 +40,7 @@ from hf_reflora.report.record import RunRecord
 from hf_reflora.report.serving import vllm_rank
 
 
+LAYERS = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
 BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -98,6 +110,22 @@ KINDS = {
         *(tiny.llama, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
         *("prefix tuning", "text-generation", "AutoModelForCausalLM"),
     ),
+    **{
+        name: (tiny.llama, config, name, "text-generation", "AutoModelForCausalLM")
+        for name, config in {
+            "BOFT": BOFTConfig(**LAYERS, boft_block_size=4),
+            "C3A": C3AConfig(**LAYERS, block_size=8),
+            "FourierFT": FourierFTConfig(**LAYERS, n_frequency=10),
+            "HRA": HRAConfig(**LAYERS, r=4),
+            "LLaMA-Adapter": AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+            "LN tuning": LNTuningConfig(task_type="CAUSAL_LM"),
+            "P-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+            "Poly": PolyConfig(**LAYERS, r=4, n_tasks=2),
+            "RandLora": RandLoraConfig(**LAYERS, r=4),
+            "VB-LoRA": VBLoRAConfig(**LAYERS, r=2, vector_length=16, num_vectors=32),
+            "trainable tokens": TrainableTokensConfig(token_indices=[1, 2], task_type="CAUSAL_LM"),
+        }.items()
+    },
     "without a task type": (
         *(tiny.llama, LoraConfig(target_modules=["q_proj"])),
         *("LoRA", "text-generation", "LlamaForCausalLM"),
@@ -157,7 +185,8 @@ def test_a_card_without_a_record_says_what_the_configuration_tells(tmp_path, mon
     assert ("vllm" in card) == (name in ("LoRA", "without a task type"))
     assert "None" not in card
     printed = run_snippet(card, base, folder, monkeypatch)
-    assert len(printed) == (name != "fill-mask")  # which words are masked, nothing tells
+    # Nothing tells which words are masked, nor the number of the task.
+    assert len(printed) == (name not in ("fill-mask", "Poly"))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +246,7 @@ def adapter(**peft):
         *(({"alpha_pattern": {"q_proj": 4}}, None), ({"trainable_token_indices": [1]}, None)),
         *(({"target_parameters": ["experts.w"]}, None), ({"target_modules": ["embed_tokens"]}, None)),
         *(({"init_lora_weights": "pissa"}, None), ({"layer_replication": [[0, 2]]}, None)),
+        ({"alora_invocation_tokens": [5]}, None),
     ],
     ids=str,
 )

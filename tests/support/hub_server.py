@@ -26,8 +26,9 @@ import yaml
 
 TOKENS = {who: "hf_" + f"fakeTokenOf{who.title()}".ljust(34, "x") for who in ("me", "reader", "other")}
 LFS_SUFFIXES = "bin ckpt gguf gz h5 model msgpack npy npz onnx parquet pkl pt pth safetensors tar tgz zip zst".split()
+# Some of those that the Hub knows.
 LICENSES = """apache-2.0 mit openrail bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 gpl-3.0 lgpl-3.0 mpl-2.0
-openmdw-1.1 llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown other""".split()  # some of those the Hub knows
+openmdw-1.1 openrail++ creativeml-openrail-m llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown other""".split()
 FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)(?:[\r\n]+)?---(?:\r\n|\n|\Z)", re.S)
 PREFIX = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 REPO = r"/api/(models|datasets|spaces)/([^/]+/[^/]+)"

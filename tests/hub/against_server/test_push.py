@@ -279,11 +279,11 @@ def test_names_without_a_slash_are_ids_if_the_hub_has_them(server, tmp_path, cap
     assert json.loads(server.read("me/adapter", "adapter_config.json"))["base_model_name_or_path"] == "gpt2"
     for name in ("gpt-absent", "models/chatglm-6b", "other/base"):
         folder = saved_adapters.lora(tmp_path, base=name, record=None)
-        main(["push", str(folder), "me/adapter"])
+        main(["push", str(folder), "me/adapter", "--other-base"])
         assert f"{name} is no model on the Hub that you can see, so that" in capsys.readouterr().out
         assert "base_model" not in front_matter(server, "me/adapter")
         assert json.loads(server.read("me/adapter", "adapter_config.json"))["base_model_name_or_path"] is None
-        push_adapter(folder, "me/adapter", base_model="gpt2")
+        push_adapter(folder, "me/adapter", base_model="gpt2", other_base=True)
         assert front_matter(server, "me/adapter")["base_model"] == "gpt2"
     for dataset, shown in (("squad", ["squad"]), ("rows", None)):
         record = {**saved_adapters.RECORD, "dataset": dataset, "dataset_id": dataset}
