@@ -206,7 +206,7 @@ def test_methods_of_lora_sb_end_to_end(tiny_model, tmp_path, train, arguments):
     record = json.loads((output / "run_record.json").read_text(encoding="utf-8"))
     method = more[1] if more else name.removesuffix("_sb_init")
     assert record["method"] == method
-    assert record["model"] == str(tiny_model)
+    assert record["model"] == f"…/{tiny_model.name}"
     assert record["arguments"]["prompt_template"] == "{request}"
     assert record["scores"]["after"]["loss"] < record["scores"]["before"]["loss"]
     config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
