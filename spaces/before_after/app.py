@@ -51,8 +51,8 @@ footer {display: none !important}
 #card pre, #card code {white-space: pre-wrap; overflow-wrap: anywhere}
 #card .token, #card a {color: inherit !important}
 /* The sides have the colours of the differences. */
-#base {border-top: 4px solid #eab308}
-#adapted {border-top: 4px solid #2563eb}
+#base {border-top: 4px solid #eab308 !important}
+#adapted {border-top: 4px solid #2563eb !important}
 """
 
 
