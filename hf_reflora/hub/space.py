@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..report.ids import is_hub_id
 from ..report.licenses import check_license
 from .repository import prepare_space
-from .retry import PushError, call_hub
+from .retry import FAILURES, PushError, call_hub
 from .scan import check_files
 from .upload import is_public, upload
 
@@ -32,6 +32,13 @@ FILES = (
     "requirements.txt",
 )
 ZERO_GPU_TORCH = "torch>=2.8,<2.12"  # the versions that ZeroGPU has
+
+
+# The memory for the model of the Hub's hardware, in GB, by its documentation: of the GPU where there is one.
+MEMORY_GB = {
+    **{"cpu-basic": 16, "cpu-upgrade": 32, "t4-small": 16, "t4-medium": 16, "l4x1": 24, "l40sx1": 48},
+    **{"a10g-small": 24, "a10g-large": 24, "a100-large": 80, "zero-a10g": 48},
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ def deploy_space(
             f"Not everybody can read {', '.join(closed)}, so the Space got your token as its secret HF_TOKEN; who "
             "sees the Space sees their answers. A token that may only read is safer: --secret HF_TOKEN=VARIABLE."
         )
+    warnings += _memory_warnings(base, hardware or "cpu-basic", token)
     with tempfile.TemporaryDirectory(prefix="hf_reflora-") as temporary:
         folder = Path(temporary) / "space"
         zero_gpu = hardware is not None and hardware.startswith("zero")
@@ -129,6 +137,24 @@ def _check_adapter(adapter: str, token: str | None) -> None:
         raise ValueError(
             f"{adapter} has an {CONFIG_NAME}, but no weights ({SAFETENSORS_WEIGHTS_NAME}). Push them first."
         )
+
+
+def _memory_warnings(base: str, hardware: str, token: str | None) -> list[str]:
+    """A sentence if the base model is too large for the hardware in the page's dtype; none if that cannot be told."""
+    try:
+        metadata = HfApi(token=token).get_safetensors_metadata(base)
+    except FAILURES:  # it has no safetensors, or the Hub cannot be asked
+        return []
+    counts = metadata.parameter_count
+    on_cpu = hardware.startswith("cpu")
+    # On a CPU the page computes in float32, on a GPU in the dtype of the files.
+    size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    gigabytes = sum(count * (4 if on_cpu else size.get(dtype, 1)) for dtype, count in counts.items()) / 1e9
+    memory = MEMORY_GB.get(hardware)
+    if memory is None or gigabytes < 0.9 * memory:
+        return []
+    smaller = " A variable DTYPE=bfloat16 of the Space halves it." if on_cpu else ""
+    return [f"{base} takes {gigabytes:.1f} GB and {hardware} has {memory} GB: the Space will not start.{smaller}"]
 
 
 def _source() -> Path:

@@ -12,6 +12,7 @@ from peft import IA3Config, LoraConfig
 
 from hf_reflora import LoraSbConfig, PushError, push_adapter
 from hf_reflora.cli import main
+from hf_reflora.hub import space
 from hf_reflora.hub.scan import SecretFound
 from hf_reflora.hub.space import FILES, deploy_space, fill
 
@@ -120,6 +121,16 @@ def test_what_the_page_cannot_show_makes_no_space_and_gives_no_token_away(server
     with pytest.raises((PushError, ValueError), match=re.escape(message)):
         deploy_space("me/demo", base=base, adapters=[adapter])
     assert SPACE not in server.state()
+
+
+def test_a_base_that_does_not_fit_is_said(server, models, monkeypatch):
+    assert deploy().warnings == []
+    monkeypatch.setitem(space.MEMORY_GB, "cpu-basic", 1e-4)
+    [warning] = deploy().warnings
+    parameters = sum(p.numel() for p in tiny.llama().parameters())
+    assert warning.startswith(f"me/base takes {parameters * 4 / 1e9:.1f} GB and cpu-basic has 0.0001 GB")
+    assert "DTYPE=bfloat16" in warning
+    assert deploy(hardware="t4-small").warnings == []
 
 
 def test_zero_gpu_gets_a_torch_that_it_has(server, models):
