@@ -190,9 +190,13 @@ def _load(
     has = shapes_of(weights)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+            if copies or tied:
+                save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+                source_of_weights = folder
+            else:
+                source_of_weights = source
             # PEFT would load to a GPU, which is not there yet when ZeroGPU starts.
-            report = model.load_adapter(folder if copies or tied else source, peft_name, torch_device="cpu")
+            report = model.load_adapter(source_of_weights, peft_name, torch_device="cpu")
     except (KeyError, RuntimeError) as error:
         check_weights(name, source, config, has, takes)
         raise ValueError(f"{name}: PEFT cannot load the weights of {source}: {error}") from error
