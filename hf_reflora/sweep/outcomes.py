@@ -36,8 +36,8 @@ class Outcome:
     metric: str
     value: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    evaluations: list[tuple[float, float]] = field(default_factory=list)
     trainable_parameters: int | None = None
     error: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def outcome_of(run: PlannedRun, metric: str, started: str, seconds: float) -> Ou
     if metric not in record.after:
         raise ValueError(f"The record has no score {metric!r}; it has {', '.join(record.after)}.")
     scores = {name: float(value) for name, value in record.after.items()}
-    evaluations: dict[int, float] = {}
+    evaluations: dict[float, float] = {}
     for entry in record.log:
         if "eval_loss" in entry:  # the last step is evaluated twice: in training, and by the recipe after it
             evaluations.setdefault(entry["step"], float(entry["eval_loss"]))
