@@ -43,7 +43,9 @@ class RunRecord:
     init: str = "default"  # how the adapter was started: "default", or "lora_sb" for an ordinary LoRA from that start
     peft: dict[str, Any] = field(default_factory=dict)  # settings of the PEFT config that are not its defaults
     tags: list[str] = field(default_factory=list)  # tags of the card that name the trainer, such as "trl", "sft"
-    arguments: dict[str, Any] = field(default_factory=dict)  # training arguments that are not their defaults
+    arguments: dict[str, Any] = field(
+        default_factory=dict
+    )  # training arguments that are not their defaults, and the main ones
     seed: int | None = None
     data_seed: int | None = None
     # What was trained, on what

@@ -43,6 +43,10 @@ NO_SCORES = (
     *("step", "epoch", "num_tokens", "entropy"),
     *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
 )
+MAIN_ARGUMENTS = (
+    *("learning_rate", "lr_scheduler_type", "optim"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+)
 # Values of arguments that are recorded. Others are objects that a library makes of arguments, such as accelerate's.
 PLAIN = (int, float, str, list, tuple, dict, set, Enum, torch.dtype, type(None))
 
@@ -139,7 +143,10 @@ class RunRecordCallback(TrainerCallback):
                 # the scores of the base model are.
                 self.record.replace(runs=[], scores={**self.record.scores, "after": {}})
         self._describe(
-            arguments=non_default(args), seed=args.seed, data_seed=args.data_seed, processes=args.world_size
+            arguments={**_main_arguments(args), **non_default(args)},
+            seed=args.seed,
+            data_seed=args.data_seed,
+            processes=args.world_size,
         )
 
     def _describe_model(self, args) -> None:
@@ -308,6 +315,12 @@ def non_default(arguments: Any) -> dict[str, Any]:
         for name, value in changed_fields(arguments).items()
         if isinstance(value, PLAIN) and "hub_token" not in name
     }
+
+
+def _main_arguments(args: Any) -> dict[str, Any]:
+    """What a Trainer's own card names of the arguments, also where they are the defaults."""
+    names = [*MAIN_ARGUMENTS, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
+    return {name: jsonable(getattr(args, name)) for name in names}
 
 
 def peft_settings(config: PeftConfig, model: PeftModel | None = None) -> dict[str, Any]:

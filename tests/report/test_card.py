@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 
 from hf_reflora.cli import main
 from hf_reflora.report import licenses
@@ -244,6 +247,56 @@ def test_command_writes_the_card_beside_the_record(tmp_path):
     assert "# adapter" in card
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert 'from_pretrained(base), "me/adapter")' in card
+
+
+def saved_adapter(folder, record=None):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.active_peft_config.base_model_name_or_path = "org/base"
+    model.save_pretrained(folder)
+    if record is not None:
+        (folder / "run_record.json").write_text(json.dumps(record.to_dict()), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "adapter_config.json"])
+def test_command_takes_the_adapters_folder(tmp_path, name):
+    main(["card", str(saved_adapter(tmp_path) / name)])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "This is a LoRA adapter. It adapts [org/base]" in card
+    assert "| rank | 4 |" in card
+    assert "| trained parameters | 512 |" in card
+    saved_adapter(tmp_path, record(diagnostics={}))
+    main(["card", str(tmp_path), "--license", "mit"])
+    assert "with RefLoRA" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_command_replaces_no_text_of_a_person(tmp_path, capsys):
+    folder = saved_adapter(tmp_path, record(diagnostics={}))
+    (folder / "README.md").write_text("---\nwidget: [text: x]\n---\n", encoding="utf-8")
+    main(["card", str(folder)])
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert front_matter(text)["widget"] == [{"text": "x"}]
+    edited = text.replace("## Limits", "## My own words")
+    (folder / "README.md").write_text(edited, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["card", str(folder), "--license", "mit"])
+    message = "README.md has text that somebody has written, under "
+    error = capsys.readouterr().err
+    assert message in error
+    assert "“My own words”" in error
+    assert "and is not replaced. Name another file with --output, or remove it." in error
+    assert (folder / "README.md").read_text(encoding="utf-8") == edited
+    main(["card", str(folder), "--output", str(tmp_path / "NEW.md"), "--license", "mit"])
+    assert front_matter((tmp_path / "NEW.md").read_text(encoding="utf-8"))["license"] == "mit"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"peft_type": "LORA"}', "no JSON"])
+def test_command_names_a_file_that_is_no_record(tmp_path, capsys, text):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["card", str(tmp_path / "record.json")])
+    assert "record.json: " in capsys.readouterr().err
 
 
 def test_ids_and_licenses():

@@ -10,6 +10,7 @@ from transformers.modelcard import TrainingSummary
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import generate_model_card
 
+from hf_reflora import RunRecordCallback
 from hf_reflora.report.card import render
 from hf_reflora.report.edits import headings, is_edited, is_kept, lost_lines
 from hf_reflora.report.front_matter import OwnEntries, mended, own_entries
@@ -475,3 +476,24 @@ def test_which_lines_would_be_lost_and_where():
     assert headings(["## B", "second"], old) == "“B”"
     assert headings(["plain"], "plain\n") == "“plain”"
     assert lost_lines(old, old + "more\n") == []
+
+
+def test_what_a_trainers_card_tells_is_in_the_card_of_its_record(tmp_path):
+    """So that nothing gets lost when it takes the place of that card."""
+    args = TrainingArguments(**tiny.arguments(tmp_path, eval_strategy="steps", eval_steps=2))
+    rows = {"train_dataset": tiny.token_dataset(16), "eval_dataset": tiny.token_dataset(4)}
+    trainer = Trainer(model=peft_model(), args=args, callbacks=[RunRecordCallback()], **rows)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(finetuned_from="org/base")
+    theirs = (tmp_path / "README.md").read_text()
+    assert library_of(theirs) == "transformers"
+    ours = render(RunRecord.load(tmp_path / "run_record.json"))
+    assert f"| learning\\_rate | {args.learning_rate} |" in ours
+    assert "| lr\\_scheduler\\_type | linear |" in ours
+    assert f"| seed | {args.seed} |" in ours
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2
+    for loss in losses:
+        assert f"| {loss:.4f} " in theirs
+        assert f" | {loss:.4g} |" in ours
