@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -178,10 +177,9 @@ def test_commands_on_files_run(tmp_path, monkeypatch, capsys):
     source, target = map(tmp_path.joinpath, lines["export"])
     config = LoraSbConfig(r=4, target_modules=["q_proj"], init_weights=False)
     get_peft_model(tiny.llama(), config).save_pretrained(source)
-    record = tmp_path / lines["card"][0]
-    record.parent.mkdir(parents=True)
-    shutil.copyfile(ROOT / "benchmarks" / "records" / "smollm2-135m" / "reflora-seed0.json", record)
-    tiny.lora(tiny.llama()).save_pretrained(tmp_path / lines["inspect"][0])
+    folder = tmp_path / lines["card"][0]
+    assert folder == tmp_path / lines["inspect"][0]
+    tiny.lora(tiny.llama()).save_pretrained(folder)
 
     def run(command: str) -> str:
         cli.main([command, *lines[command]])
@@ -190,7 +188,7 @@ def test_commands_on_files_run(tmp_path, monkeypatch, capsys):
     assert "LoRA of rank 4 in 2 layers" in run("export")
     assert (target / "adapter_model.safetensors").exists()
     run("card")
-    assert "license: apache-2.0" in record.with_name("README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in (folder / "README.md").read_text(encoding="utf-8")
     assert re.search(r"^rank +4$", run("inspect"), re.M)
 
 

@@ -43,9 +43,9 @@ NO_SCORES = (
     *("step", "epoch", "num_tokens", "entropy"),
     *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
 )
+# Arguments that a Trainer's own card names, and that are recorded also where they are the defaults.
 MAIN_ARGUMENTS = (
-    *("learning_rate", "lr_scheduler_type", "optim"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "per_device_eval_batch_size"),
 )
 # Values of arguments that are recorded. Others are objects that a library makes of arguments, such as accelerate's.
 PLAIN = (int, float, str, list, tuple, dict, set, Enum, torch.dtype, type(None))
@@ -318,7 +318,7 @@ def non_default(arguments: Any) -> dict[str, Any]:
 
 
 def _main_arguments(args: Any) -> dict[str, Any]:
-    """What a Trainer's own card names of the arguments, also where they are the defaults."""
+    """`MAIN_ARGUMENTS`, and how long the training was to be."""
     names = [*MAIN_ARGUMENTS, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
     return {name: jsonable(getattr(args, name)) for name in names}
 
