@@ -37,7 +37,7 @@ def test_it_starts_and_answers_also_on_zero_gpu(tmp_path):
     assert len({tuple(sides) for sides in answers}) >= 3
     assert answers[0][0] != answers[0][1]
 
-    start = {"MAX_NEW_TOKENS": "7", "TEMPERATURE": "0.5", "TOP_P": "0.9", "SEED": "11"}
+    start = {"MAX_NEW_TOKENS": "4000", "TEMPERATURE": "0.5", "TOP_P": "0.9", "SEED": "11"}
     start["SYSTEM_PROMPT"] = "As a pirate."
     command = [python, ZERO_GPU, tmp_path / "space", json.dumps(REQUESTS)]
     done = subprocess.run(command, env=clean | start, capture_output=True, text=True, timeout=200, cwd=tmp_path)
@@ -50,15 +50,14 @@ def test_it_starts_and_answers_also_on_zero_gpu(tmp_path):
         *("/schedule", "/allow", "/release"),  # stopped, and the worker is used again
         *["/schedule", "/release"] * len(REQUESTS),
     ]
-    assert [query["durationSeconds"] for path, query in found["asked"] if path == "/schedule"] == ["515", *["15"] * 4]
+    assert [query["durationSeconds"] for path, query in found["asked"] if path == "/schedule"] == ["120", *["15"] * 4]
     assert {query["fail"] for path, query in found["asked"] if path == "/release"} == {"false"}
     assert "tokens long; the model takes 4095. Shorten it." in found["refused"]
     assert found["asked_for_the_refused"] == []
     page = found["page"]
     assert page["Adapter"] == "second"  # the first one of the front matter
-    assert page["System prompt"] == "As a pirate."
     assert found["system_prompts"] == dict.fromkeys(["second", "first"], "As a pirate.")  # first's record has one, too
-    assert page["Longest answer, in tokens"] == 7
+    assert page["Longest answer, in tokens"] == 128
     assert page["Temperature (0: likeliest token)"] == 0.5
     assert page["Top-p"] == 0.9
     assert page["Seed (the same luck for both)"] == 11
