@@ -155,7 +155,8 @@ def best_of(sweep: Sweep, outcomes: list[Outcome]) -> Best | None:
     """The best setting of one method, None if no setting finished with all of its seeds.
 
     The setting is the one with the best mean over the seeds of the grid. It is represented by the runs with
-    `fresh_seeds` if there are any, otherwise by those of the grid.
+    `fresh_seeds` once there are all of them, so that methods are compared by the same seeds, and until then by those
+    of the grid.
     """
     candidates = []
     for runs in settings_of([o for o in outcomes if o.status in FINAL]):
@@ -167,7 +168,8 @@ def best_of(sweep: Sweep, outcomes: list[Outcome]) -> Best | None:
         return None
     _, runs, chosen_by = min(candidates, key=lambda candidate: candidate[0])
     fresh = [o for o in runs if o.choice.get("seed") in sweep.fresh_seeds and o.value is not None]
-    return Best(runs[0].method, runs[0].setting, fresh or chosen_by)
+    complete = len(fresh) == len(sweep.fresh_seeds) > 0
+    return Best(runs[0].method, runs[0].setting, fresh if complete else chosen_by)
 
 
 def outcomes_of_sweep(sweep: Sweep, outcomes: dict[str, Outcome]) -> list[Outcome]:

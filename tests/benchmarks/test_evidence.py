@@ -34,6 +34,16 @@ def test_the_page_is_what_the_records_say():
     assert text.strip() == page.written().strip()
 
 
+@pytest.mark.parametrize("readme", ["README.md", "benchmarks/README.md"])
+def test_the_noise_that_the_readmes_name_is_in_the_records(readme):
+    _, outcomes = page.load("tool_calls")
+    at = {"method": "LoRA", "learning_rate": 3.16e-3}
+    runs = [o for o in outcomes if (o.method, o.choice["learning_rate"]) == tuple(at.values())]
+    exact = {o.choice["seed"]: f"{o.scores['exact']:.3f}" for o in runs if o.value is not None}
+    text = " ".join((ROOT / readme).read_text(encoding="utf-8").split())
+    assert f"answered {exact[0]} and {exact[1]} of the rows exactly with two seeds" in text
+
+
 @pytest.mark.parametrize("task", page.TASKS)
 def test_every_record_tells_where_its_numbers_come_from(task):
     _, outcomes = page.load(task)

@@ -1,5 +1,7 @@
 """How the methods of a sweep are compared: the best settings, their noise, and what the user is warned of."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_reflora.sweep.outcomes import Outcome, best_of
@@ -45,9 +47,16 @@ def test_a_setting_that_diverged_with_one_seed_is_not_the_best(sweep):
     assert list(warnings(sweep, outcomes)) == ["RefLoRA has no setting that finished."]
 
 
-def test_a_score_is_to_be_large(sweep):
-    from dataclasses import replace
+def test_fresh_seeds_count_once_there_are_all(sweep):
+    """Otherwise one method would be compared by other seeds than another."""
+    sweep = replace(sweep, fresh_seeds=[5, 6])
+    outcomes = [outcome("LoRA", 1e-3, 0, 0.5), outcome("LoRA", 1e-3, 5, 0.1)]
+    assert [o.choice["seed"] for o in best_of(sweep, outcomes).outcomes] == [0]
+    best = best_of(sweep, [*outcomes, outcome("LoRA", 1e-3, 6, 0.2)])
+    assert [o.choice["seed"] for o in best.outcomes] == [5, 6]
 
+
+def test_a_score_is_to_be_large(sweep):
     sweep = replace(sweep, metric="exact")
     outcomes = [
         replace(o, value=o.scores["exact"]) for o in (outcome("LoRA", 1e-3, 0, 0.5), outcome("LoRA", 2e-3, 0, 0.2))
