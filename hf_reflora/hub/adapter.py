@@ -64,9 +64,8 @@ def push_adapter(
         folder: Folder of the adapter, such as a trainer's `output_dir` or a checkpoint.
         repo_id, token, private, revision, create_pr, other_base: See `hf_reflora.hub.repository.prepare`.
         base_model: Id of the base model on the Hub, where the files name a local path. Default: what the files say.
-        license, language, tags: For the card. Default: what the present card or the record says, and the license of
-            the base model. Tags are added to those of the present card. They are also written into the front matter
-            of a card that somebody has edited.
+        license, language, tags: For the card, also for one that somebody has edited. Default: what the present card
+            or the record says, and the license of the base model. Tags are added to those of the present card.
         replace_card: Replace a card that somebody has edited on the Hub.
         message: Message of the commit, and title of the pull request.
 
@@ -174,15 +173,8 @@ def push_folder(
         elif card_is_current and not exported:
             text = own
         else:
-            of_record = OwnEntries(record.card.get("license"), record.card.get("language"))
-            text = render(
-                record,
-                repo_id=repo.id,
-                plot=PLOT_NAME if (staged / PLOT_NAME).exists() else None,
-                exported=exported,
-                native_folder=NATIVE_FOLDER if exported else None,
-                **vars(wishes.over(own_entries(own)).over(of_record).over(hub_card.entries)),
-            )
+            entries = wishes.over(own_entries(own))
+            text = _rendered(record, repo.id, staged, hub_card, entries)
         check_front_matter(text)
         write_eval_results(staged, record)
         (staged / CARD_NAME).unlink(missing_ok=True)  # it may be a hard link, and writing would change the original
@@ -195,3 +187,17 @@ def push_folder(
         commit = upload(create_missing(repo), staged, message)
         names = [f.relative_to(staged).as_posix() for f in files]
         return Push(commit, repo.id, names, left_out, card.is_hubs, card.notes)
+
+
+def _rendered(record: RunRecord, repo_id: str, staged: Path, hub_card: HubCard, entries: OwnEntries) -> str:
+    """The card of the record for the files in `staged`, with a person's entries before the record's and the Hub's."""
+    of_record = OwnEntries(record.card.get("license"), record.card.get("language"))
+    exported = (staged / NATIVE_FOLDER).exists()
+    return render(
+        record,
+        repo_id=repo_id,
+        plot=PLOT_NAME if (staged / PLOT_NAME).exists() else None,
+        exported=exported,
+        native_folder=NATIVE_FOLDER if exported else None,
+        **vars(entries.over(of_record).over(hub_card.entries)),
+    )

@@ -16,7 +16,7 @@ FILE = ".eval_results/hf_reflora.yaml"
 def write_eval_results(folder: Path, record: RunRecord) -> None:
     """Writes the scores with the adapter into `folder`, one entry each, if they are of a dataset on the Hub.
 
-    Nothing is written where huggingface_hub is too old to know the form (before 2.0), and no score that is not finite.
+    Nothing is written where huggingface_hub is too old to know the form, and no score that is not finite.
     """
     entry = getattr(huggingface_hub, "EvalResultEntry", None)
     names = [name for name in record.compared_scores if math.isfinite(record.after[name])]

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..requirements import PIP_REQUIREMENT
 from .edits import signed
 from .escaping import cell, code, line, literal, text
-from .front_matter import LICENSE_ENTRIES, check_front_matter
+from .front_matter import LICENSE_ENTRIES, OwnEntries, check_front_matter
 from .methods import DORA, LORA_SB_PAPER, Method, method_named
 from .numbers import alike, as_number, change, counted, rounded
 from .record import RunRecord
@@ -40,7 +40,7 @@ def render(
     exported: bool = False,
     native_folder: str | None = None,
     license: str | list[str] | None = None,
-    language: str | Sequence[str] | None = None,
+    language: str | list[str] | None = None,
     tags: Sequence[str] = (),
     more: Mapping[str, Any] | None = None,
 ) -> str:
@@ -62,36 +62,16 @@ def render(
     Raises:
         ValueError: the record has an unknown method; or see `check_front_matter`.
     """
-    more = dict(more or {})
-    record = with_base(record, more.get("base_model"))
+    entries = OwnEntries(license, language, list(tags), dict(more or {}))
+    record = with_base(record, entries.more.get("base_model"))
     method, task = _method(record, exported), task_of(record)
-    wishes = record.card
-    title = wishes.get("title") or f"{_short(record.base_model or record.model)} with {method.name}"
+    title = record.card.get("title") or f"{_short(record.base_model or record.model)} with {method.name}"
     title = repo_id.split("/")[-1] if repo_id else line(title)
-    pipeline_tag = wishes.get("task") or more.pop("pipeline_tag", None) or task.pipeline_tag
-    language = language or wishes.get("language")
-    is_transformers = task.model_class is not None or not record.peft.get("auto_mapping")
-    tags = [*method.tags, *record.tags, *(["transformers"] if is_transformers else []), *tags, *wishes.get("tags", [])]
-    datasets = [record.dataset_id, *wishes.get("datasets", []), *more.pop("datasets", [])]
-    base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
-    results = _eval_results(record, pipeline_tag or "other")
-    data = ModelCardData(
-        base_model=record.base_model,
-        library_name=more.pop("library_name", "peft"),
-        pipeline_tag=pipeline_tag,
-        license=cast(Any, license or wishes.get("license")),  # the Hub takes a list, too
-        language=language if language is None or isinstance(language, str) else list(language),
-        datasets=[name for name in dict.fromkeys(datasets) if name] or None,
-        tags=_tags(record, tags),
-        model_name=title if results else None,
-        eval_results=results or None,
-        **base_model_relation,
-    )
     card = (
         _environment()
         .get_template("card.md.jinja")
         .render(
-            front_matter=_front_matter(data, more, title),
+            front_matter=_front_matter(record, method, title, entries),
             title=title,
             record=record,
             method=method,
@@ -125,14 +105,34 @@ def with_base(record: RunRecord, base_model: Any) -> RunRecord:
     return RunRecord.from_dict({**record.to_dict(), "base_model": base_model})
 
 
-def _front_matter(data: ModelCardData, more: Mapping[str, Any], title: str) -> str:
-    """The front matter with a person's further entries, and beside our results those of others."""
+def _front_matter(record: RunRecord, method: Method, title: str, own: OwnEntries) -> str:
+    """The front matter: the record's entries with a person's own, and beside our results those of others."""
+    wishes, task, more = record.card, task_of(record), dict(own.more)
+    theirs = {name: more.pop(name, None) for name in ("pipeline_tag", "library_name", "datasets", "model-index")}
+    pipeline_tag = wishes.get("task") or theirs["pipeline_tag"] or task.pipeline_tag
+    language = own.language or wishes.get("language")
+    is_transformers = task.model_class is not None or not record.peft.get("auto_mapping")
+    tags = [*method.tags, *record.tags, *(["transformers"] if is_transformers else [])]
+    datasets = [record.dataset_id, *wishes.get("datasets", []), *(theirs["datasets"] or [])]
+    base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
+    results = _eval_results(record, pipeline_tag or "other")
+    data = ModelCardData(
+        base_model=record.base_model,
+        library_name=theirs["library_name"] or "peft",
+        pipeline_tag=pipeline_tag,
+        license=cast(Any, own.license or wishes.get("license")),  # the Hub takes a list, too
+        language=language if language is None or isinstance(language, str) else list(language),
+        datasets=[name for name in dict.fromkeys(datasets) if name] or None,
+        tags=_tags(record, [*tags, *own.tags, *wishes.get("tags", [])]),
+        model_name=title if results else None,
+        eval_results=results or None,
+        **base_model_relation,
+    )
     entries = data.to_dict()
     more = {name: value for name, value in more.items() if name != "base_model" or _names(value, data.base_model)}
     if data.license is None:
         more = {name: value for name, value in more.items() if name not in LICENSE_ENTRIES}
-    others = more.pop("model-index", None)
-    if others:
+    if others := theirs["model-index"]:
         [ours] = entries.get("model-index") or [{"name": title, "results": []}]
         results = [*ours["results"], *(result for model in others for result in model["results"])]
         entries["model-index"] = [{**ours, "results": results}]

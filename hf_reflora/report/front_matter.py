@@ -12,6 +12,7 @@ from huggingface_hub.utils import yaml_dump
 from .ids import is_hub_id
 from .licenses import is_license
 from .methods import METHODS
+from .tasks import PIPELINE_TAGS
 
 
 # A byte order mark and blank lines may stand before it, as the Hub and huggingface_hub allow.
@@ -102,8 +103,11 @@ def own_entries(card: str) -> OwnEntries:
     added = LIBRARY_TAGS | {tag for method in METHODS.values() for tag in method.tags}
     more = {name: value for name, value in data.items() if name not in RENDERED_ENTRIES and value is not None}
     more |= {name: data[name] for name, usual in LIBRARY_ENTRIES.items() if data.get(name) not in (None, "", *usual)}
-    # Our own text links the record's dataset and base model, which need not be the next record's.
+    # Our own text links the record's dataset and base model, and its task is ours, too. They need not be the next
+    # record's.
     ours = split_card(card)[1] if MARKED in card else ""
+    if ours and more.get("pipeline_tag") in PIPELINE_TAGS:
+        del more["pipeline_tag"]
     if "datasets" in more:
         names = [name for name in _listed(more["datasets"]) if is_hub_id(name)]
         more["datasets"] = [name for name in names if f"(https://huggingface.co/datasets/{name})" not in ours]

@@ -45,6 +45,7 @@ CLASS_ENDINGS = {
     "ForAudioClassification": ("audio-classification", None),
     "ForCTC": ("automatic-speech-recognition", None),
 }
+PIPELINE_TAGS = {task.pipeline_tag for task in TASK_TYPES.values()} | {tag for tag, _ in CLASS_ENDINGS.values()}
 # Adapters of several tasks, whose models take the number of one along with the tokens.
 NEEDS_TASK_IDS = ("poly", "multitask_prompt_tuning")
 # Tags of TRL's trainers that train decoders. A record without PEFT's settings may be of one of them.

@@ -110,6 +110,15 @@ def test_the_dataset_of_an_earlier_run_does_not_stay():
     assert front_matter(again)["datasets"] == ["org/new", "org/mine"]
 
 
+def test_the_task_of_an_earlier_run_does_not_stay():
+    card = fresh(peft={"task_type": "SEQ_CLS"})
+    assert front_matter(card)["pipeline_tag"] == "text-classification"
+    again = render(RunRecord.from_dict(RECORD), **vars(own_entries(card)))
+    assert front_matter(again)["pipeline_tag"] == "text-generation"
+    asked = RunRecord.from_dict(RECORD | {"card": {"task": "translation"}})
+    assert front_matter(render(asked, more={"pipeline_tag": "summarization"}))["pipeline_tag"] == "translation"
+
+
 def test_the_base_model_of_an_earlier_run_does_not_stay():
     assert "base_model" not in own_entries(fresh()).more
     assert own_entries(with_front_matter(fresh(), base_model="org/mine")).more["base_model"] == "org/mine"
