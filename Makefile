@@ -88,7 +88,7 @@ $(VENV)/demo $(VENV)/docs $(VENV)/evidence $(VENV)/space $(VENV)/test: $(VENV)/%
 
 $(VENV)-oldest/ready: pyproject.toml constraints-oldest.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e ".[demo]" $(TEST_TOOLS)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e ".[sweep]" $(TEST_TOOLS)
 	touch $@
 
 # Upgraded at each call, because there may be newer versions than the last time.
@@ -96,7 +96,7 @@ $(VENV)-oldest/ready: pyproject.toml constraints-oldest.txt
 $(VENV)-newest/ready:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) \
-		$$(grep ^torch== constraints.txt) -e ".[demo]" $(TEST_TOOLS)
+		$$(grep ^torch== constraints.txt) -e ".[sweep]" $(TEST_TOOLS)
 
 $(VENV)/$(PEFT_SDIST): constraints.txt | $(VENV)/test
 	$(VENV)/bin/python -m pip download --quiet $(PIP_ARGS) -c constraints.txt --no-deps --no-binary peft -d $(VENV) peft

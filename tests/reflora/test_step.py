@@ -160,9 +160,9 @@ def test_sgd_without_momentum_has_no_moments(name):
 
 @pytest.mark.parametrize("kind", ["OptimState8bit", "OptimState4bit"])
 def test_quantized_moments_are_refused(kind):
-    import torchao.optim
+    optim = pytest.importorskip("torchao.optim")
 
-    cls = {"OptimState8bit": torchao.optim.AdamW8bit, "OptimState4bit": torchao.optim.AdamW4bit}[kind]
+    cls = {"OptimState8bit": optim.AdamW8bit, "OptimState4bit": optim.AdamW4bit}[kind]
     parameter = torch.nn.Parameter(torch.zeros(64, 64))
     optimizer = cls([parameter], lr=1e-3)
     optimizer.state[parameter]["exp_avg"] = optimizer._new_buffer(parameter, True)
