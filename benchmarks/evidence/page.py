@@ -92,7 +92,21 @@ def missing(sweep: Sweep, outcomes: list[Outcome]) -> Iterator[str]:
         yield f"{len(left)} of the {len(list(sweep.grid_runs()))} runs of this grid are not made yet, of {names}."
     bests = best_settings(sweep, outcomes)
     if not sweep.fresh_seeds or any(len(best.outcomes) < len(sweep.fresh_seeds) for best in bests):
-        yield "The runs with fresh seeds are missing, so these numbers are one seed's, which also chose the settings."
+        so_far = [
+            f"{best.method} {', '.join(f'{o.number:.4f} (seed {seed})' for seed, o in sorted(fresh.items()))}"
+            for best in bests
+            if (fresh := fresh_outcomes(sweep, best, outcomes))
+        ]
+        yield (
+            "Not all runs with fresh seeds are made, so the numbers above are one seed's, which also chose the settings."
+            + (f" The losses with fresh seeds so far: {'; '.join(so_far)}." if so_far else "")
+        )
+
+
+def fresh_outcomes(sweep: Sweep, best: Best, outcomes: list[Outcome]) -> dict[int, Outcome]:
+    """The finished runs of a best setting with fresh seeds, by the seed."""
+    runs = [o for o in outcomes if o.method == best.method and o.setting == best.setting and o.value is not None]
+    return {o.choice["seed"]: o for o in runs if o.choice.get("seed") in sweep.fresh_seeds}
 
 
 def draw(task: str) -> None:
