@@ -98,7 +98,7 @@ def missing(sweep: Sweep, outcomes: list[Outcome]) -> Iterator[str]:
             if (fresh := fresh_outcomes(sweep, best, outcomes))
         ]
         yield (
-            "Not all runs with fresh seeds are made, so the numbers above are one seed's, which also chose the settings."
+            "Not all runs with fresh seeds are made: the numbers above are one seed's, which also chose the settings."
             + (f" The losses with fresh seeds so far: {'; '.join(so_far)}." if so_far else "")
         )
 
