@@ -58,6 +58,12 @@ def test_tensors_that_are_wrong(folder, tmp_path, kind):
         stage(folder, tmp_path / "out", record=read_record(folder), checkpoints={})
 
 
+def test_a_bias_of_b_is_no_half_of_a_pair(tmp_path):
+    tiny.lora(tiny.gpt2(), target_modules=["c_attn"], lora_bias=True).save_pretrained(tmp_path)
+    assert any(name.endswith("lora_B.bias") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    check_weights(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", r"\(0 bytes\) cannot be read"), (POINTER, "git lfs pull"), (b"x" * 100, "cannot be read as safetensors")],
