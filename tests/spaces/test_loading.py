@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from transformers import (
 from hf_reflora import LoraSbConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
+SPACE = Path(__file__).parents[2] / "spaces" / "before_after"
+sys.path.insert(0, str(SPACE))
 
 from engine import Engine, Settings, Side, _Batch
 
@@ -265,14 +267,27 @@ def test_a_base_without_a_head_is_refused(tmp_path):
     [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ({"quant_method": "gptq"}, "optimum")],
     ids=["bitsandbytes", "gptq"],
 )
-def test_a_quantized_base_names_the_library_that_is_missing(tmp_path, monkeypatch, quantization, library):
-    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+def test_a_quantized_base_names_the_library_that_is_missing(tmp_path, quantization, library):
+    """In a process of its own: transformers remembers which libraries it has seen."""
     tiny.save(tmp_path / "base")
     path = tmp_path / "base" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": {"bits": 4, **quantization}}
     path.write_text(json.dumps(config), encoding="utf-8")
-    message = ["is quantized and cannot be loaded here", library, "requirements.txt, or set BASE_MODEL"]
-    refused(str(tmp_path / "base"), save_adapter(tmp_path / "adapter"), *message)
+    code = (
+        f"import sys; sys.modules[{library!r}] = None; sys.path.insert(0, {str(SPACE)!r})\n"
+        "from engine import Engine\n"
+        f"Engine({str(tmp_path / 'base')!r}, {{'x': {str(save_adapter(tmp_path / 'adapter'))!r}}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    for part in (
+        "ValueError",
+        "is quantized and cannot be loaded here",
+        library,
+        "requirements.txt, or set BASE_MODEL",
+    ):
+        assert part in message
 
 
 def test_an_unknown_dtype_is_refused(base, tmp_path):

@@ -81,7 +81,7 @@ def test_a_private_adapter_gets_the_token_as_a_secret_and_a_warning(server, mode
     [
         (["--base", "/models/base", "--adapter", "me/adapter"], "base must be an id on the Hub such as org/model"),
         (["--base", "me/base", "--adapter", "runs/x/y"], "adapter must be an id on the Hub"),
-        (["--base", "me/base", "--adapter", "me/adapter", "--license", "mine"], "license 'mine' is not one of"),
+        (["--base", "me/base", "--adapter", "me/adapter", "--license", " "], "license must be an id of the Hub"),
         (["--base", "me/base", "--adapter", "me/adapter", "--secret", "ABSENT"], "no environment variable ABSENT"),
     ],
 )
