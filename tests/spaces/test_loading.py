@@ -27,7 +27,7 @@ from hf_reflora import LoraSbConfig
 SPACE = Path(__file__).parents[2] / "spaces" / "before_after"
 sys.path.insert(0, str(SPACE))
 
-from engine import Engine, Settings, Side, _Batch
+from engine import Engine, Settings, Side, _Batch  # noqa: E402
 
 
 WEIGHTS = "adapter_model.safetensors"
