@@ -17,10 +17,7 @@ from .plan import RECIPES, PlannedRun
 
 OPTIONS_NAME, LOG_NAME, PROCESS_NAME = "options.yaml", "log.txt", "process.json"
 # How a process ends that the user or the system's shutdown stopped: by the signal, or with the shell's 128 + signal.
-INTERRUPTED = {sign * number for sign in (-1, 1) for number in (signal.SIGINT, signal.SIGTERM)} | {
-    128 + signal.SIGINT,
-    128 + signal.SIGTERM,
-}
+INTERRUPTED = {status for number in (signal.SIGINT, signal.SIGTERM) for status in (-number, 128 + number)}
 
 
 def run_process(recipe: str, run: PlannedRun, launcher: list[str], environment: dict[str, str]) -> int:

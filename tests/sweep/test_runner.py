@@ -158,6 +158,14 @@ def test_the_budget_starts_no_run_that_would_end_later(sweep, tmp_path):
     assert len(starts(tmp_path / "runs")) == 1
 
 
+def test_a_run_that_could_not_start_has_failed_and_was_not_interrupted(sweep):
+    # argparse ends with the status 2, which is also the number of Ctrl-C's signal.
+    [outcome] = Runner(sweep({"learning_rate": [1e-3]}), launcher=["--mixed_precision", "no_such"]).run()
+    assert outcome.status == "failed"
+    assert "exit status 2" in outcome.error
+    assert "no_such" in outcome.error
+
+
 def test_jobs_out_of_range(sweep):
     with pytest.raises(ValueError, match="jobs must be at least 1"):
         Runner(sweep({"learning_rate": [1e-3]}), jobs=0)
