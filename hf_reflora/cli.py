@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
+from .terminal import replace_unencodable_letters
 
 
 RECIPES = {
@@ -21,9 +22,7 @@ RECIPES = {
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
-    # A terminal of another encoding must not end a command, such as a push, over a letter that it cannot show.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    replace_unencodable_letters()
     try:
         # A recipe has its own parser, with some 200 options, and the launcher's options stand among them. argparse
         # cannot leave them to it: even REMAINDER does not take options that come first.
@@ -99,7 +98,7 @@ def card(options: argparse.Namespace) -> None:
         record.replace(base_model=options.base_model)
     output = options.output or (path / "README.md" if path.is_dir() else path.with_name("README.md"))
     present = output.read_text(encoding="utf-8") if output.is_file() else ""
-    if is_kept(present, has_record=record.knows("log") or record.knows("arguments")):
+    if is_kept(present, has_record=record.is_of_run):
         lines = lost_lines(present, "") or [present.strip().splitlines()[0]]
         whose = "somebody has written" if is_edited(present) else "a Trainer has written and no run record has"
         raise ValueError(

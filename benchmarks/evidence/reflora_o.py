@@ -38,20 +38,14 @@ def create_reflora_o_optimizer(
     model: nn.Module,
     *,
     lr: float,
-    delta: float = 0.02,
-    delta_schedule: str = "constant",
-    sides: str = "both",
-    length: float = 1.0,
-    rescale: bool = True,
-    **adamw: Any,
+    **settings: Any,
 ) -> "RefLoraO":
     """Creates RefLoRA-O over the trainable parameters of `model`; those outside LoRA pairs get ordinary AdamW.
 
     Args:
         model: A PEFT model with trainable LoRA adapters. Its pairs are looked up once, now: make a new optimizer after
             `set_adapter`. Sharded models (FSDP, DeepSpeed) are not supported.
-        lr, delta, delta_schedule, sides, length, rescale: As in `RefLoraO`.
-        adamw: `betas`, `eps` and `weight_decay`, with torch.optim.AdamW's meaning and defaults.
+        lr, settings: As in `RefLoraO`.
 
     Raises:
         ValueError: a value out of range, or no trainable LoRA pair.
@@ -60,17 +54,7 @@ def create_reflora_o_optimizer(
         >>> optimizer = create_reflora_o_optimizer(peft_model, lr=2e-3)
         >>> trainer = SFTTrainer(peft_model, args=..., optimizers=(optimizer, None))
     """
-    return RefLoraO(
-        [p for p in model.parameters() if p.requires_grad],
-        require_pairs(model),
-        lr=lr,
-        delta=delta,
-        delta_schedule=delta_schedule,
-        sides=sides,
-        length=length,
-        rescale=rescale,
-        **adamw,
-    )
+    return RefLoraO([p for p in model.parameters() if p.requires_grad], require_pairs(model), lr=lr, **settings)
 
 
 class RefLoraO(Optimizer):

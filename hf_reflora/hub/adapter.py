@@ -115,8 +115,8 @@ def _with_ids_that_are_there(record: RunRecord, repo: Repo, *, has_base: bool) -
     """
     notes: list[str] = []
     entries: dict[str, None] = {}
-    base, dataset, trained = record.base_model, record.dataset_id, record.knows("log") or record.knows("arguments")
-    if base and not has_base and not (trained and "/" in base) and not is_there(repo, base, "model"):
+    base, dataset = record.base_model, record.dataset_id
+    if base and not has_base and not (record.is_of_run and "/" in base) and not is_there(repo, base, "model"):
         entries["base_model"] = None
         notes.append(
             f"{base} is no model on the Hub that you can see, so that the card and the configuration name no base "

@@ -62,9 +62,8 @@ def choose_card(
     Raises:
         ValueError: the front matter of a card that stays cannot be read.
     """
-    has_record = record.knows("log") or record.knows("arguments")
     hubs = "" if replace_card else hub_card.text
-    keeps_own, keeps_hub = is_kept(own, has_record=has_record), is_kept(hubs, has_record=has_record)
+    keeps_own, keeps_hub = (is_kept(text, has_record=record.is_of_run) for text in (own, hubs))
     notes = []
     if keeps_own and is_edited(hubs) and (lost := lost_lines(hubs, own)):
         keeps_own = False

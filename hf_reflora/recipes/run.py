@@ -22,6 +22,7 @@ from ..report.environment import environment, peak_memory_gb, redacted, usable_c
 from ..report.ids import hub_id
 from ..report.methods import METHODS
 from ..report.recorder import RunRecordCallback, dataset_facts
+from ..terminal import replace_unencodable_letters
 from . import embedded_model, shipped, summary
 from .options import Options
 from .rows import load_rows
@@ -40,9 +41,7 @@ class Run:
     def __init__(self, options: Options):
         self.start = time.monotonic()
         self.options = options
-        # A terminal of another encoding must not end a run whose answers it cannot show.
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
+        replace_unencodable_letters()
         if options.model.model_name_or_path is None:
             raise ValueError("model_name_or_path is missing: an id on the Hub or a folder.")
         self.train_rows = load_rows(options.script, options.script.dataset_train_split)

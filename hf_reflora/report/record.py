@@ -116,6 +116,11 @@ class RunRecord:
         """Whether the field has been set, be it to None."""
         return name in self._known or name in self.extra
 
+    @property
+    def is_of_run(self) -> bool:
+        """Whether a run has written it. The record of an adapter without one is read from the adapter's files."""
+        return self.knows("log") or self.knows("arguments")
+
     # Reading and writing
 
     @classmethod

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,13 @@ class Sweep:
     def maximizes(self) -> bool:
         return "loss" not in self.metric
 
-    @property
+    @cached_property
     def recipe_options(self) -> dict[str, Any]:
         """The options of the recipe's YAML file with those of the sweep."""
         config = {} if self.config is None else read_yaml(config_file(self.config))
         return {**config, **self.options}
 
-    @property
+    @cached_property
     def rows(self) -> list[Method]:
         """The rows of the table."""
         if self.methods:

@@ -122,8 +122,7 @@ def load_adapters(
     for name in sorted(adapters, key=lambda name: configs[name].trainable_token_indices is not None):
         source, config = adapters[name], configs[name]
         weights = _read_weights(name, source)
-        shapes = {key: tuple(weight.shape) for key, weight in base_weights.items()}
-        resized = trained_vocabulary(name, source, config, shapes_of(weights), shapes)
+        resized = trained_vocabulary(name, source, config, shapes_of(weights), shapes_of(base_weights))
         if resized:
             trained = resized
             if len(adapters) > 1:
