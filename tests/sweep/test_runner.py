@@ -107,6 +107,15 @@ def test_kill_9_loses_nothing(tmp_path):
     assert "| lora | learning_rate 0.001 | 1 | 0.25 |" in text
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """The processes that the test starts heed Ctrl-C, which a shell's background job ignores, as do all it starts."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_run_and_the_same_command_goes_on(sweep, tmp_path):
     interrupted = start_command(tmp_path, *OPTIONS[:-1], "600")
     wait_for_starts(tmp_path / "runs", 1)
