@@ -89,46 +89,59 @@ def create_missing(repo: Repo) -> Repo:
     return replace(repo, exists=True)
 
 
-def prepare_space(
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    hardware: str | None = None,
-    variables: dict[str, str] | None = None,
-    secrets: dict[str, str] | None = None,
-) -> Repo:
-    """Checks that a Gradio Space can be pushed, creates it where there is none, and applies the given settings.
+def check_space(repo_id: str, *, token: str | None = None, private: bool | None = None) -> Repo:
+    """Checks that a Gradio Space of this name can be pushed; nothing is made.
 
     Args:
         repo_id, token, private: As in `prepare`.
-        hardware: Such as "cpu-basic" or "zero-a10g". Default: an existing Space keeps what it has, a new one gets the
-            Hub's default, which is free.
-        variables: Environment variables, which everybody can read.
-        secrets: Environment variables that only the Space itself can read.
 
     Raises:
         PushError: in one sentence, why the user cannot push there.
     """
     repo, info, me = _open(repo_id, "space", token, None, False)
     _check_writable(repo, info, me, private)
-    if info is None:
-        create = functools.partial(_create, repo, space_sdk="gradio", private=private)
-        call_hub(create, f"Creating the Space {repo.id}", repo.user)
-    elif info.sdk != "gradio":
+    if info is not None and info.sdk != "gradio":
         raise PushError(f"The Space {repo.id} is one of {info.sdk}, not of gradio. Choose another name.")
+    return replace(repo, exists=info is not None, private=private)
+
+
+def make_space(
+    repo: Repo,
+    *,
+    hardware: str | None = None,
+    variables: dict[str, str] | None = None,
+    secrets: dict[str, str] | None = None,
+) -> Repo:
+    """Creates the Space where there is none, and applies the given settings.
+
+    Args:
+        repo: See `check_space`.
+        hardware: Such as "cpu-basic" or "zero-a10g". Default: an existing Space keeps what it has, a new one gets the
+            Hub's default, which is free.
+        variables: Environment variables, which everybody can read.
+        secrets: Environment variables that only the Space itself can read.
+
+    Raises:
+        PushError: in one sentence, what the Hub has against it. A new Space with hardware that the Hub refuses is not
+            made.
+    """
+    is_new = not repo.exists
+    if is_new:
+        # A Space that is made first, and asks for its hardware then, would stay behind if the Hub refuses that.
+        create = functools.partial(_create, repo, space_sdk="gradio", space_hardware=hardware, private=repo.private)
+        call_hub(create, f"Creating the Space {repo.id}", repo.user)
     settings: list[tuple[Any, str, str]] = [
         (repo.api.add_space_variable, key, value) for key, value in (variables or {}).items()
     ]
     settings += [(repo.api.add_space_secret, key, value) for key, value in (secrets or {}).items()]
     for add, key, value in settings:
         call_hub(functools.partial(add, repo.id, key, value), f"Setting {key} of {repo.id}", repo.user)
-    if hardware is not None:
+    if hardware is not None and not is_new:
         ask = functools.partial(
             repo.api.request_space_hardware, repo.id, cast(Any, hardware)
         )  # a name, also one newer than the enum
         call_hub(ask, f"Asking for {hardware} for {repo.id}", repo.user)
-    return repo
+    return replace(repo, exists=True)
 
 
 def _open(

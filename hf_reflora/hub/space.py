@@ -12,10 +12,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..report.ids import is_hub_id
 from ..report.licenses import check_license
-from .repository import prepare_space
+from .repository import check_space, make_space
 from .retry import FAILURES, PushError, call_hub
 from .scan import check_files
-from .upload import is_public, upload
+from .upload import check_card, is_public, upload
 
 
 # Where the Space's files are: pyproject.toml puts them into an installed package; a clone has them in spaces/.
@@ -67,14 +67,16 @@ def deploy_space(
         repo_id: Name of the Space, "name" or "owner/name".
         base: Id of the base model on the Hub.
         adapters: Ids of ordinary LoRA adapters of it on the Hub; the first one is chosen at the start.
-        token, private, hardware, secrets: See `hf_reflora.hub.repository.prepare_space`. If the base or an adapter is
+        token, private, hardware, secrets: See `hf_reflora.hub.repository`. If the base or an adapter is
             private or gated, the Space gets the token as its secret HF_TOKEN, unless `secrets` has one.
         license: Of the Space's own code and card.
 
     Raises:
-        PushError: with the reason, if it could not be pushed, or a model is not on the Hub.
-        ValueError: a name that is no id on the Hub, an adapter that the page cannot show, or an unknown license.
-            Nothing is made then.
+        PushError: with the reason, if it could not be pushed, a model is not on the Hub, or the Hub refuses the card,
+            as it does for an unknown license.
+        ValueError: a name that is no id on the Hub, or an adapter that the page cannot show.
+
+    Nothing is made if the models, the card or, for a new Space, the hardware are refused.
     """
     for what, name in [("base", base), *(("adapter", adapter) for adapter in adapters)]:
         if not is_hub_id(name):
@@ -107,9 +109,9 @@ def deploy_space(
             for adapter, name in zip(adapters, names, strict=True)
         ]
         variables = {"BASE_MODEL": base, "ADAPTERS": ",".join(listed)}
-        repo = prepare_space(
-            repo_id, token=token, private=private, hardware=hardware, variables=variables, secrets=secrets
-        )
+        repo = check_space(repo_id, token=token, private=private)
+        check_card(repo, (folder / "README.md").read_text(encoding="utf-8"))
+        repo = make_space(repo, hardware=hardware, variables=variables, secrets=secrets)
         upload(repo, folder, "Before and after the fine-tune")
     return Deployed(f"{constants.ENDPOINT}/spaces/{repo.id}", repo.id, warnings)
 

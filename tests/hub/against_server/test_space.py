@@ -141,6 +141,27 @@ def test_zero_gpu_gets_a_torch_that_it_has(server, models):
     assert "torch>=2.8" in server.read(SPACE, "requirements.txt").decode().splitlines()
 
 
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "update"])
+def test_a_license_that_the_hub_refuses_makes_no_space_and_gives_no_token_away(server, models, exists):
+    if exists:
+        deploy()
+    before = server.state()
+    with pytest.raises(PushError, match='The Hub refuses the card: "license" must be one of'):
+        deploy(license="nonsense-1.0", hardware="t4-small", secrets={"HF_TOKEN": "x" * 20})
+    assert server.state() == before
+
+
+def test_hardware_that_the_hub_refuses_makes_no_space(server, models):
+    server.fault("/repos/create", status=402)
+    with pytest.raises(PushError, match="Creating the Space me/demo"):
+        deploy(hardware="a100-large")
+    assert SPACE not in server.state()
+    deploy(hardware="t4-small")
+    assert server.state()[SPACE]["hardware"] == "t4-small"
+    deploy(hardware="cpu-upgrade")
+    assert server.state()[SPACE]["hardware"] == "cpu-upgrade"
+
+
 def test_a_space_of_another_kind_is_not_overwritten(server, models):
     HfApi().create_repo("me/demo", repo_type="space", space_sdk="static")
     with pytest.raises(PushError, match="The Space me/demo is one of static, not of gradio"):
