@@ -16,10 +16,11 @@ from ..report.licenses import check_license, knows_license
 from ..report.record import RunRecord
 from .eval_results import write_eval_results
 from .present_card import HubCard, base_in_cards, choose_card, read_hub_card
+from .reading import is_there
 from .repository import Repo, create_missing, prepare
 from .scan import check_files
 from .staging import CARD_NAME, NATIVE_FOLDER, PLOT_NAME, read_card, read_record, stage
-from .upload import check_card, is_there, upload
+from .upload import check_card, upload
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,8 @@ def push_adapter(
     Args:
         folder: Folder of the adapter, such as a trainer's `output_dir` or a checkpoint.
         repo_id, token, private, revision, create_pr, other_base: See `hf_reflora.hub.repository.prepare`.
-        base_model: Id of the base model on the Hub, where the files name a local path. Default: what the files say.
+        base_model: Id of the base model on the Hub, where the files name a local path. Default: what the files say,
+            or an earlier push to the same repository of a run on the same local model.
         license, language, tags: For the card, also for one that somebody has edited. Default: what the present card
             or the record says, and the license of the base model. Tags are added to those of the present card.
         replace_card: Replace a card that somebody has edited on the Hub.
@@ -90,11 +92,17 @@ def push_adapter(
         create=False,  # not before the files have been checked
     )
     record, notes = _with_ids_that_are_there(record, repo, has_base=base_model is not None)
+    hub_card = read_hub_card(repo, record)
+    if record.base_model is None and not notes and base_in_cards(record, read_card(folder), hub_card) is None:
+        notes.append(
+            "The adapter's files name no base model that is on the Hub, so that the card and the configuration name "
+            "none either. Give its id with base_model (--base-model)."
+        )
     done = push_folder(
         folder,
         repo,
         record=record,
-        hub_card=read_hub_card(repo, record.base_model),
+        hub_card=hub_card,
         license=license,
         language=language,
         tags=tags,

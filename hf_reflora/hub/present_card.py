@@ -1,14 +1,16 @@
 """The cards that are there when an adapter is pushed, in its folder and on the Hub, and which of them stays."""
 
+import json
 from dataclasses import dataclass, field
 
 from ..report.edits import headings, is_edited, is_kept, lost_lines
 from ..report.front_matter import OwnEntries, mended, own_entries, read_front_matter
 from ..report.generated import library_of
-from ..report.record import RunRecord
+from ..report.ids import is_hub_id
+from ..report.record import RECORD_NAME, RunRecord
+from .reading import license_of, read_text
 from .repository import Repo
 from .staging import CARD_NAME
-from .upload import license_of, read_text
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class HubCard:
     """The present card of a repository, as far as it matters for the next one."""
 
     text: str = ""  # "" if there is none
-    # What a new card takes over: the entries that a person has written, and the license of the base model if the
-    # card has none.
+    # What a new card takes over: the entries that a person has written, the license of the base model if the card has
+    # none, and the base model that an earlier push has named for the same local copy.
     entries: OwnEntries = field(default_factory=OwnEntries)
 
 
@@ -31,17 +33,19 @@ class ChosenCard:
     notes: list[str] = field(default_factory=list)  # sentences for the user: what was changed, and what was not taken
 
 
-def read_hub_card(repo: Repo, base_model: str | None) -> HubCard:
-    """Reads from the Hub what a card for `repo` needs. Without a license there, it is the base model's.
+def read_hub_card(repo: Repo, record: RunRecord) -> HubCard:
+    """Reads from the Hub what a card of `record` for `repo` needs. Without a license there, it is the base model's.
 
     Raises:
         PushError: the repository could not be read.
     """
-    text = read_text(repo, CARD_NAME) or ""
+    text, base_model = read_text(repo, CARD_NAME) or "", record.base_model
     try:
         entries = own_entries(text)
     except ValueError:  # then it counts as edited and stays as it is
         return HubCard(text)
+    if base_model is None and (base_model := _base_of_earlier_push(repo, record, text)):
+        entries = entries.over(OwnEntries(more={"base_model": base_model}))
     if entries.license is None and base_model is not None and not is_edited(text):
         entries = entries.over(license_of(repo, base_model))
     return HubCard(text, entries)
@@ -89,8 +93,23 @@ def choose_card(
     return ChosenCard(wanted, not keeps_own, wanted != text, notes)
 
 
+def _base_of_earlier_push(repo: Repo, record: RunRecord, card: str) -> str | None:
+    """The base model in the present card, if the record beside it is of a run on the same local model.
+
+    A run on a local copy does not know the copy's id, which its first push was told by `base_model`.
+    """
+    base_model = read_front_matter(card).get("base_model")
+    if not is_hub_id(base_model):
+        return None
+    try:
+        present = RunRecord.from_dict(json.loads(read_text(repo, RECORD_NAME) or "null"))
+    except ValueError:  # none, or not ours
+        return None
+    return base_model if present.model == record.without_secrets().model else None
+
+
 def base_in_cards(record: RunRecord, own: str, hub_card: HubCard) -> str | None:
-    """The base model that a person has named in the cards, if the record knows none on the Hub."""
+    """The base model that a person has named in the cards or at an earlier push, if the record knows none."""
     named = own_entries(own).over(hub_card.entries).more.get("base_model")
     # PEFT, too, writes a name into the card: the one by which the model was loaded.
     return named if record.base_model is None and isinstance(named, str) and named != record.model else None

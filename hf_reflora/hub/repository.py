@@ -1,6 +1,7 @@
 """The repository to push to: whether the user may write to it, what it holds, and its creation where there is none."""
 
 import functools
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -13,7 +14,9 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
     validate_repo_id,
 )
+from peft.utils import CONFIG_NAME
 
+from .reading import read_text
 from .retry import TOKENS, PushError, call_hub
 
 
@@ -246,14 +249,25 @@ def _check_write(repo: Repo) -> None:
 def _check_base(repo: Repo, info: Any, base_model: str | None) -> None:
     """Raises if a push would overwrite a full model, or an adapter of another base model."""
     names = {file.rfilename for file in info.siblings or []}
-    if "config.json" in names and "adapter_config.json" not in names:
+    if "config.json" in names and CONFIG_NAME not in names:
         raise PushError(
             f"{repo.id} holds a whole model, not an adapter. Push to another name, or allow it with other_base "
             "(--other-base)."
         )
     theirs = getattr(info.card_data, "base_model", None) if info.card_data else None
-    if base_model and isinstance(theirs, str) and theirs != base_model:
+    if base_model and isinstance(theirs, str) and theirs != base_model and base_model != _base_in_config(repo, names):
         raise PushError(
             f"{repo.id} holds an adapter of {theirs}, this one is of {base_model}. Push to another name, or allow it "
             "with other_base (--other-base)."
         )
+
+
+def _base_in_config(repo: Repo, names: set[str]) -> str | None:
+    """The base model in the repository's adapter configuration. A person may name another form of it in the card."""
+    if CONFIG_NAME not in names:
+        return None
+    try:
+        config = json.loads(read_text(repo, CONFIG_NAME) or "null")
+    except ValueError:
+        return None
+    return config.get("base_model_name_or_path") if isinstance(config, dict) else None

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard, constants, get_token, hf_hub_download
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..report.ids import is_hub_id
 from ..report.licenses import check_license
+from .reading import is_public
 from .repository import check_space, make_space
 from .retry import FAILURES, PushError, call_hub
 from .scan import check_files
-from .upload import check_card, is_public, upload
+from .upload import check_card, upload
 
 
 # Where the Space's files are: pyproject.toml puts them into an installed package; a clone has them in spaces/.
@@ -88,7 +90,8 @@ def deploy_space(
     token = token or get_token()
     closed = [name for name in (base, *adapters) if not is_public(name, token)]
     for adapter in adapters:
-        _check_adapter(adapter, token)
+        if trained_from := _check_adapter(adapter, base, token):
+            warnings.append(f"{adapter} was trained from {trained_from}, not from {base}; the page says so, too.")
     if token and closed and "HF_TOKEN" not in secrets:
         secrets["HF_TOKEN"] = token
         warnings.append(
@@ -116,9 +119,12 @@ def deploy_space(
     return Deployed(f"{constants.ENDPOINT}/spaces/{repo.id}", repo.id, warnings)
 
 
-def _check_adapter(adapter: str, token: str | None) -> None:
-    """Raises a ValueError if the page could not show the adapter, by the page's own check."""
+def _check_adapter(adapter: str, base: str, token: str | None) -> str | None:
+    """The name of the model that the adapter was trained from, if it is not `base`'s.
 
+    Raises:
+        ValueError: the page could not show the adapter, by the page's own check.
+    """
     # The page runs without this package, so the check is among its files.
     page = runpy.run_path(str(_source() / "adapter_check.py"))
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +135,8 @@ def _check_adapter(adapter: str, token: str | None) -> None:
             )
         except PushError as error:
             raise PushError(f"{error} Is {adapter} an adapter?") from None
-        page["check_adapter"](adapter, adapter, page["read_config"](adapter, adapter, folder))
+        config = page["read_config"](adapter, adapter, folder)
+        page["check_adapter"](adapter, adapter, config)
 
     def has_weights() -> bool:
         files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -139,13 +146,15 @@ def _check_adapter(adapter: str, token: str | None) -> None:
         raise ValueError(
             f"{adapter} has an {CONFIG_NAME}, but no weights ({SAFETENSORS_WEIGHTS_NAME}). Push them first."
         )
+    return page["trained_elsewhere"](base, config)
 
 
 def _memory_warnings(base: str, hardware: str, token: str | None) -> list[str]:
     """A sentence if the base model is too large for the hardware in the page's dtype; none if that cannot be told."""
     try:
         metadata = HfApi(token=token).get_safetensors_metadata(base)
-    except FAILURES:  # it has no safetensors, or the Hub cannot be asked
+    # It has no safetensors, or ones that cannot be read, or the Hub cannot be asked.
+    except (*FAILURES, NotASafetensorsRepoError, SafetensorsParsingError):
         return []
     counts = metadata.parameter_count
     on_cpu = hardware.startswith("cpu")

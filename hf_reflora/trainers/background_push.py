@@ -80,7 +80,7 @@ class BackgroundPushes:
                 folder,
                 repo,
                 record=record,
-                hub_card=hub_card or read_hub_card(repo, record.base_model),
+                hub_card=hub_card or read_hub_card(repo, record),
                 card_is_current=card_is_current,
                 checkpoints=checkpoints,
                 message=message,

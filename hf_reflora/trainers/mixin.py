@@ -332,7 +332,7 @@ class AdapterTrainerMixin(_Base):
             try:
                 repo = self._prepare(token, revision, private, create_pr=create_pr, other_base=other_base)
                 self.hub_model_id = repo.id
-                self._hub_card = read_hub_card(repo, self.run_record.record.base_model)
+                self._hub_card = read_hub_card(repo, self.run_record.record)
             except PushError as failure:
                 error = failure  # the other processes are waiting in save_model
         self.save_model(_internal_call=True)

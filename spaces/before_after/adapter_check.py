@@ -31,8 +31,8 @@ def read_config(name: str, source: str, folder: str) -> PeftConfig:
 def _check_kind(name: str, source: str, kind: str | None) -> None:
     # Other methods ignore adapter_names, and the base's side would be the adapter's.
     if kind != "LORA":
-        how = f": hf-reflora export {source} FOLDER" if kind == "LORASB" else ""
-        raise ValueError(f"{name}: this page shows LoRA adapters, {source} is {kind}. Export it to a LoRA{how}.")
+        how = f" Export it to a LoRA: hf-reflora export {source} FOLDER." if kind == "LORASB" else ""
+        raise ValueError(f"{name}: this page shows LoRA adapters, {source} is {kind}.{how}")
 
 
 def check_adapter(name: str, source: str, config: PeftConfig) -> None:
@@ -57,6 +57,14 @@ def check_adapter(name: str, source: str, config: PeftConfig) -> None:
     for setting, is_used in unsupported.items():
         if is_used:
             raise ValueError(f"{name}: this page can't show adapters with {setting}, and {source} has it.")
+
+
+def trained_elsewhere(base: str, config: PeftConfig) -> str | None:
+    """The name of the model that the adapter was trained from, if it is not the base model's."""
+    trained_from = (config.base_model_name_or_path or "").rstrip("/")
+    # Folders move, and a folder often has the name of the model in it.
+    is_same = Path(trained_from).name.lower() == Path(base.rstrip("/")).name.lower()
+    return trained_from if trained_from and not is_same else None
 
 
 def trained_vocabulary(

@@ -21,8 +21,9 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
+from adapter_check import trained_elsewhere
 from chat import CannotAnswer, Chat
-from loading import load_adapters, load_base, load_configs, trained_elsewhere
+from loading import load_adapters, load_base, load_configs
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers import AutoTokenizer, DynamicCache, TopPLogitsWarper

@@ -234,11 +234,3 @@ def _check_copy(name: str, source: str, original: str, copy: torch.Tensor, weigh
             f"{name}: {source} has {original} of the base model with other values. The base model's side would not be "
             "the base model's. Train that layer with modules_to_save."
         )
-
-
-def trained_elsewhere(base: str, config: PeftConfig) -> str | None:
-    """The name of the model that the adapter was trained from, if it is not the base model's."""
-    trained_from = (config.base_model_name_or_path or "").rstrip("/")
-    # Folders move, and a folder often has the name of the model in it.
-    is_same = Path(trained_from).name.lower() == Path(base.rstrip("/")).name.lower()
-    return trained_from if trained_from and not is_same else None

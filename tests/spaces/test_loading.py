@@ -74,7 +74,7 @@ def test_other_methods_are_refused_also_where_peft_does_not_know_them(base, tmp_
     )
     refused(base, tmp_path / "sb", f"is LORASB. Export it to a LoRA: hf-reflora export {tmp_path / 'sb'}")
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path / "ia3")
-    refused(base, tmp_path / "ia3", "this page shows LoRA adapters", "is IA3. Export it to a LoRA.")
+    refused(base, tmp_path / "ia3", "this page shows LoRA adapters", "is IA3.")
     path = tmp_path / "ia3" / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "NEWER"}), encoding="utf-8")
     refused(base, tmp_path / "ia3", "is NEWER")

@@ -203,6 +203,15 @@ def test_a_local_base_model_is_named_only_if_somebody_does(server, tmp_path):
     push_adapter(folder, "me/adapter", base_model="me/base")
     assert front_matter(server, "me/adapter")["base_model"] == "me/base"
     assert json.loads(server.read("me/adapter", "adapter_config.json"))["base_model_name_or_path"] == "me/base"
+    push_adapter(folder, "me/adapter")  # which remembers the base model of this local copy
+    assert front_matter(server, "me/adapter")["base_model"] == "me/base"
+    assert json.loads(server.read("me/adapter", "adapter_config.json"))["base_model_name_or_path"] == "me/base"
+    other = saved_adapters.lora(
+        tmp_path / "b", base=base + "2", record={**saved_adapters.RECORD, "model": "base2", "base_model": None}
+    )
+    done = push_adapter(other, "me/adapter")
+    assert "base_model" not in front_matter(server, "me/adapter")
+    assert "name no base model that is on the Hub" in done.notes[0]
     with pytest.raises(ValueError, match="must be an id on the Hub such as org/model, got '/x'"):
         push_adapter(folder, "me/adapter", base_model="/x")
 
@@ -211,6 +220,11 @@ def test_the_license_is_the_base_models_unless_given(server, tmp_path):
     put_card("---\nlicense: llama3.2\n---\n# base\n", "me/base")
     push_adapter(saved_adapters.lora(tmp_path), "me/adapter")
     assert front_matter(server, "me/adapter")["license"] == "llama3.2"
+    put_card("---\nlicense: other\nlicense_name: house\nlicense_link: ./LICENSE\n---\n# base\n", "me/base")
+    push_adapter(tmp_path, "me/other")
+    data = front_matter(server, "me/other")
+    assert (data["license"], data["license_name"]) == ("other", "house")
+    assert data["license_link"] == f"{server.url}/me/base/blob/main/LICENSE"
     push_adapter(tmp_path, "me/adapter", license="mit", language=["en", "la"], tags=["mine"])
     data = front_matter(server, "me/adapter")
     assert (data["license"], data["language"], data["tags"][-1]) == ("mit", ["en", "la"], "mine")
@@ -459,6 +473,15 @@ def test_another_base_model_is_refused_unless_told(server, tmp_path):
     push_adapter(other, "me/adapter", other_base=True)
     assert front_matter(server, "me/adapter")["base_model"] == "me/larger"
     assert "base_model:adapter:me/base" not in front_matter(server, "me/adapter")["tags"]
+
+
+def test_a_card_that_names_another_form_of_the_base_does_not_stop_the_next_push(server, tmp_path):
+    HfApi().create_repo("me/base")
+    folder = saved_adapters.lora(tmp_path)
+    (folder / "README.md").write_text("---\nbase_model: me/base-bnb-4bit\n---\n# Mine\n\nIt rhymes.\n")
+    for _ in range(2):
+        push_adapter(folder, "me/adapter")
+    assert front_matter(server, "me/adapter")["base_model"] == "me/base-bnb-4bit"
 
 
 def test_a_whole_model_is_not_overwritten(server, tmp_path):

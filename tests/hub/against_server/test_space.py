@@ -133,6 +133,16 @@ def test_a_base_that_does_not_fit_is_said(server, models, monkeypatch):
     assert deploy(hardware="t4-small").warnings == []
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_a_base_whose_size_cannot_be_told_is_no_obstacle(server, models, file):
+    api = HfApi()
+    api.create_repo("me/old")
+    api.upload_file(path_or_fileobj=b"no safetensors", path_in_repo=file, repo_id="me/old")
+    [warning] = deploy_space("me/demo", base="me/old", adapters=["me/adapter"]).warnings
+    assert warning == "me/adapter was trained from me/base, not from me/old; the page says so, too."
+    assert "README.md" in server.files(SPACE)
+
+
 def test_zero_gpu_gets_a_torch_that_it_has(server, models):
     deploy(hardware="zero-a10g")
     assert server.state()[SPACE]["hardware"] == "zero-a10g"
