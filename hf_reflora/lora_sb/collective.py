@@ -5,12 +5,14 @@ wait for ever.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .blocks import CannotCutError, same_order
 from .targets import AdapterLayer
 
 
@@ -46,7 +48,7 @@ def share_factors(
     layers: dict[str, AdapterLayer],
     adapter_name: str,
     sums: dict[str, Tensor],  # (out, in) each
-    label_count: Tensor,  # ()
+    device: torch.device,
     compute: Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
     """Sums the gradients over the processes, spreads the SVDs over them, and gives every process all results.
@@ -58,7 +60,7 @@ def share_factors(
         layers: The layers of this pass, by name.
         adapter_name: Whose ranks they have.
         sums: This process's sums of gradients, by layer. They are consumed, to free their memory early.
-        label_count: This process's number of labels; replaced by that of all processes.
+        device: Of the sums and of what it yields.
         compute: From a layer's name and its summed gradient to U (out, r), S (r,) and V (in, r).
 
     Yields:
@@ -67,9 +69,8 @@ def share_factors(
     Raises:
         Exception: what `compute` raises; on the other processes a ValueError that says so.
     """
-    dist.all_reduce(label_count)
     owners = {name: i % dist.get_world_size() for i, name in enumerate(layers)}
-    gradients = _reduce_to_owners(layers, owners, sums, label_count.device)
+    gradients = _reduce_to_owners(layers, owners, sums, device)
     results: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     error = None
     try:
@@ -81,7 +82,7 @@ def share_factors(
     for name, owner in owners.items():
         layer, r = layers[name], layers[name].r[adapter_name]
         shapes = ((layer.out_features, r), (r,), (layer.in_features, r))
-        buffers = (torch.empty(shape, device=label_count.device) for shape in shapes)
+        buffers = (torch.empty(shape, device=device) for shape in shapes)
         # NCCL and gloo send contiguous memory only, and V comes out of the SVD transposed.
         U, S, V = (tensor.contiguous() for tensor in (results.pop(name) if name in results else buffers))
         for tensor in (U, S, V):
@@ -105,15 +106,48 @@ def _reduce_to_owners(
     return owned
 
 
+def common_order(order: list[str]) -> list[str]:
+    """The order of blocks that all processes have; those without any take the others'.
+
+    Raises:
+        CannotCutError: on all processes, if they have different ones.
+    """
+    if not dist.is_initialized():
+        return order
+    orders: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(orders, order)
+    return same_order(orders)
+
+
+@contextmanager
+def raising_on_every_process() -> Iterator[None]:
+    """What is raised within it on one process is raised on all of them: see `raise_on_every_process`."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    raise_on_every_process(error)
+
+
 def raise_on_every_process(error: Exception | None) -> None:
     """Raises what went wrong on this process, or a ValueError for what went wrong on another one.
 
-    Without it the other processes would go on to their next collective call and wait there for ever.
+    Without it the other processes would go on to their next collective call and wait there for ever. A CannotCutError
+    on one process is one on all of them, so that all go on in the same way, unless something else went wrong, too.
     """
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__)
-    if error is not None:
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    outcome = None if error is None else (isinstance(error, CannotCutError), str(error) or type(error).__name__)
+    outcomes: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    failures = [(*outcome, rank) for rank, outcome in enumerate(outcomes) if outcome is not None]
+    if not failures:
+        return
+    # False sorts first: all processes raise CannotCutError only where nothing else went wrong.
+    cannot_cut, message, rank = min(failures)
+    if error is not None and isinstance(error, CannotCutError) == cannot_cut:
         raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise ValueError(f"On process {rank}: {message}")
+    raise CannotCutError(message) if cannot_cut else ValueError(f"On process {rank}: {message}")

@@ -135,22 +135,45 @@ def preserve_random_states(cuda_devices: Sequence[int] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it the model is frozen and in evaluation mode (no dropout), but its gradient checkpointing stays on.
+def replaced_forwards(
+    layers: Sequence[nn.Module], replacement: Callable[[nn.Module, Callable], Callable]
+) -> Iterator[None]:
+    """Within it, each layer's `forward` is what `replacement` makes of the layer and that `forward`."""
+    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = replacement(layer, layer.forward)
+        yield
+    finally:
+        for layer, forward in forwards:
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:  # an attribute of the instance, as accelerate's hooks make it for a device map
+                layer.forward = forward
+
+
+@contextmanager
+def frozen(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
+    """Within it the model is frozen and in evaluation mode (no dropout).
 
     At the end, also after an error, random states, `requires_grad`, training modes and `use_cache` are restored.
+
+    Args:
+        model: Any model.
+        checkpointing: Layers whose gradient checkpointing is on are checkpointed here, too. If False, none is.
     """
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     training = [(m, m.training) for m in model.modules()]
     checkpointed = [
-        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+        m
+        for m in model.modules()
+        if checkpointing and isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
     ]
-    forwards = [(layer, layer.__dict__.get("forward")) for layer in checkpointed]
     configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
     use_cache = [(config, config.use_cache) for config in configs]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with preserve_random_states(devices), torch.enable_grad():
+        with preserve_random_states(devices), torch.enable_grad(), replaced_forwards(checkpointed, _checkpointing):
             model.eval()
             for module in model.modules():
                 # In evaluation mode bitsandbytes repacks 4-bit weights on some CPUs for a product that has no backward
@@ -161,15 +184,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
             for config in configs:
                 config.use_cache = False  # a checkpointed layer, which runs twice, would fill the cache twice
-            for layer in checkpointed:
-                layer.forward = _checkpointing(layer)
             yield
     finally:
-        for layer, forward in forwards:
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:  # an attribute of the instance, as accelerate's hooks make it for a device map
-                layer.forward = forward
         for config, value in use_cache:
             config.use_cache = value
         for parameter, value in requires_grad:
@@ -178,8 +194,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = value
 
 
-def _checkpointing(layer: GradientCheckpointingLayer) -> Callable:
+def _checkpointing(layer: GradientCheckpointingLayer, forward: Callable) -> Callable:
     """The layer's forward under checkpointing: transformers checkpoints in training mode only, thus with dropout."""
-    forward = layer.forward
     # Keyword arguments are bound first: reentrant checkpointing takes positional ones only.
     return lambda *args, **kwargs: layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)

@@ -1,11 +1,7 @@
 """Plans the passes over the samples: which layers' gradients are summed in memory at the same time."""
 
+from .memory import FLOAT32_BYTES, LORA_TRAINING_BYTES, factor_count, gradient_bytes
 from .targets import AdapterLayer
-
-
-FLOAT32_BYTES = 4
-# What a LoRA's training keeps for each number of its factors, in float32: the gradient and Adam's two moments.
-LORA_TRAINING_BYTES = 3 * FLOAT32_BYTES
 
 
 def plan_passes(layers: dict[str, AdapterLayer], adapter_name: str, passes: int | None = None) -> list[list[str]]:
@@ -23,12 +19,11 @@ def plan_passes(layers: dict[str, AdapterLayer], adapter_name: str, passes: int 
     Returns:
         The names of the layers of each group; no group is empty.
     """
-    sizes = {name: FLOAT32_BYTES * layer.out_features * layer.in_features for name, layer in layers.items()}
+    sizes = gradient_bytes(layers)
     if passes is not None:
         return _split_evenly(sizes, min(passes, len(sizes)))
-    factors = sum(layer.r[adapter_name] * (layer.out_features + layer.in_features) for layer in layers.values())
     # All new factors stay in memory until the end, so that an error in the last pass leaves the adapter as it was.
-    return _split_by_budget(sizes, (LORA_TRAINING_BYTES - FLOAT32_BYTES) * factors)
+    return _split_by_budget(sizes, (LORA_TRAINING_BYTES - FLOAT32_BYTES) * factor_count(layers, adapter_name))
 
 
 def _split_by_budget(

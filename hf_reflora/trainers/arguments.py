@@ -70,7 +70,8 @@ class LoraSbArguments:
         default=None,
         metadata={
             "help": "Passes over these samples, each for a part of the layers: 1 is fastest and takes 4 bytes for "
-            "each adapted weight. Default: as many as keep the memory within that of a training step with LoRA."
+            "each adapted weight. Default: within the memory of a training step with LoRA, if possible one pass that "
+            "goes block by block."
         },
     )
     lorasb_start_at_base: bool = field(

@@ -42,6 +42,17 @@ def test_samples_are_shared_out(folders):
     assert (len(first), len(second), len(single)) == (4, 3, init_ddp.SAMPLES)
     assert sorted(first + second) == sorted(single)
     assert torch.load(two / "one sample-1.pt")["seen"] == []
+    for rank, seen in enumerate((first, second)):  # in one pass, too
+        assert torch.load(two / f"block by block-{rank}.pt")["seen"] == seen
+
+
+@pytest.mark.slow
+def test_all_processes_go_the_same_way(folders):
+    """The second process alone has so many batches that their blocks' inputs do not fit: both make several passes."""
+    for rank in (0, 1):
+        uneven = torch.load(folders[0] / f"uneven-{rank}.pt")
+        assert "it would take" in uneven["log"]
+        tiny.assert_same(uneven["default"], uneven["one pass"])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from pathlib import Path
 
 import tiny
@@ -18,6 +19,7 @@ from hf_reflora.lora_sb.initialize import mean_loss
 SAMPLES = 7  # an odd number: one process has a sample more
 CASES = {
     "default": ("lora_sb", {}),
+    "block by block": ("lora_sb", {"r": 1}),
     "one pass": ("lora_sb", {"passes": 1}),
     "three passes": ("lora_sb", {"passes": 3}),
     "gradient": ("lora_sb", {"update": "gradient", "eta": 0.1}),
@@ -40,7 +42,9 @@ def train(out: Path) -> None:
     for case, (kind, changes) in CASES.items():
         config = LoraSbConfig if kind == "lora_sb" else LoraConfig
         torch.manual_seed(1)
-        model = get_peft_model(tiny.llama(), config(r=4, target_modules=["q_proj", "down_proj"]))
+        changes = dict(changes)
+        rank = changes.pop("r", 4)
+        model = get_peft_model(tiny.llama(), config(r=rank, target_modules=["q_proj", "down_proj"]))
         keep, seen = Keep(), []
 
         def forward_fn(model, batch):
@@ -94,6 +98,21 @@ def fail(out: Path) -> None:
     torch.save(messages, out / f"messages-{rank}.pt")
 
 
+def uneven(out: Path) -> None:
+    """Two batches for one process and 40 for the other."""
+    ids = torch.randint(4, 260, (2, 120), generator=torch.Generator().manual_seed(dist.get_rank()))
+    data = [{"input_ids": ids, "labels": ids}] * (40 if dist.get_rank() else 2)
+    log = io.StringIO()
+    logging.getLogger("hf_reflora").addHandler(logging.StreamHandler(log))
+    result = {}
+    for name, passes in (("default", None), ("one pass", 1)):
+        model = get_peft_model(tiny.llama(), LoraSbConfig(r=1, target_modules="all-linear"))
+        initialize_lora_sb_weights(model, data, eta=0.1, passes=passes, show_progress_bar=False)
+        result[name] = {name: t.clone() for name, t in model.state_dict().items() if "lorasb" in name}
+    torch.save(result | {"log": log.getvalue()}, out / f"uneven-{dist.get_rank()}.pt")
+
+
 def main(out: Path) -> None:
     train(out)
     fail(out)
+    uneven(out)

@@ -19,6 +19,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from versions import training_arguments
 
@@ -68,6 +70,12 @@ def opt() -> nn.Module:
     sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"word_embed_proj_dim": 16, "max_position_embeddings": 32, "vocab_size": 260}
     return OPTForCausalLM(OPTConfig(**sizes, dropout=0.5, attention_dropout=0.5))
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=260, **sizes, decoder_start_token_id=0))
 
 
 def save(folder, **config) -> None:
