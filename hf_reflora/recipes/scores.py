@@ -1,6 +1,7 @@
 """Held-out rows are answered greedily by a model, and the answers are scored."""
 
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -9,16 +10,20 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..distributed.parameters import has_sharded_parameters
 
 
-EXAMPLES = 5
+EXAMPLES = 5  # rows, the first ones, whose answers the record shows
 
 
 class Scorer:
     """Answers held-out rows before and after training and scores the answers.
+
+    All rows are answered both times. An answer that can no longer score anything is not written to its end, except for
+    the first `EXAMPLES` rows, whose answers are shown: the demo's base model never stops by itself, and no answer of
+    it begins like a tool call.
 
     Args:
         name: The score, one of `SCORES`.
@@ -51,6 +56,7 @@ class Scorer:
             self.rows,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
+            is_hopeless=HOPELESS.get(self.name),
             description=f"Answering held-out rows {when} training",
         )
         return SCORES[self.name](self.answers[when], self.references)
@@ -84,13 +90,21 @@ def answers(
     max_new_tokens: int,
     batch_size: int,
     description: str,
+    is_hopeless: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Greedy answers to the prompts of `rows`, in their order. Each process answers its share of the rows."""
+    """Greedy answers to the prompts of `rows`, in their order. Each process answers its share of the rows.
+
+    Args:
+        is_hopeless: Whether a text scores nothing, however it goes on. Such an answer ends there, except that those of
+            the first `EXAMPLES` rows are complete. Default: every answer is complete.
+    """
     state = PartialState()
     sharded = has_sharded_parameters(model) and state.num_processes > 1
     with state.split_between_processes(list(range(len(rows)))) as indices:
         mine = {i: _prompt_ids(tokenizer, rows[i]["prompt"]) for i in indices}
-    batches = _batches(sorted(mine, key=lambda i: len(mine[i])), batch_size)
+    # Prompts of one length need no padding. The examples come first, so that only one batch has complete answers of a
+    # model whose other answers end at their first word.
+    batches = _batches(sorted(mine, key=lambda i: (i >= EXAMPLES, len(mine[i]))), batch_size)
     if sharded:
         # The processes compute each token together, so all must have the same number of batches. Those with fewer
         # answer the first row again.
@@ -105,20 +119,44 @@ def answers(
     try:
         for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
+            length = inputs["input_ids"].shape[1]
+            criteria = StoppingCriteriaList()
+            if is_hopeless is not None:
+                criteria.append(_StopHopeless(tokenizer, length, [i >= EXAMPLES for i in batch], is_hopeless))
             output = model.generate(
                 **inputs.to(model.device),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=criteria,
                 synced_gpus=sharded,
             )
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
             answered.update(zip(batch, texts, strict=True))
     finally:
         hook.remove()
         model.train(was_training)
     everywhere = dict(gather_object(list(answered.items())))
     return [everywhere[i] for i in range(len(rows))]
+
+
+class _StopHopeless(StoppingCriteria):
+    """Ends the answers that `is_hopeless`, of those rows of a batch that may be cut."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,  # in tokens, with the padding
+        may_cut: list[bool],  # of each row
+        is_hopeless: Callable[[str], bool],
+    ):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.may_cut, self.is_hopeless = may_cut, is_hopeless
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        ended = [cut and self.is_hopeless(text) for cut, text in zip(self.may_cut, texts, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -167,6 +205,18 @@ def _json_object(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def never_a_json_object(text: str) -> bool:
+    """Whether no text that begins with `text` is one JSON object: it begins otherwise, or goes on after its end."""
+    text = text.lstrip()
+    if not text.startswith("{"):
+        return text != ""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return False  # not complete yet, or wrong in a way that shows only at its end
+    return text[end:].strip() != ""
 
 
 def _canonical(value: Any) -> str:
@@ -224,3 +274,5 @@ def _final_answer(text: str) -> str | Fraction | None:
 
 SCORES = {"tool_call": tool_call_scores, "final_answer": final_answer_scores}
 CHECKS = {"tool_call": check_tool_calls, "final_answer": check_final_answers}
+# Where an answer's beginning can tell that it will score nothing. A final answer may always still come.
+HOPELESS = {"tool_call": never_a_json_object}

@@ -218,7 +218,7 @@ def _environments(jobs: int) -> list[dict[str, str]]:
     import torch
 
     # Waiting threads of OpenMP otherwise keep the cores busy that other runs need.
-    passive = {"OMP_WAIT_POLICY": "PASSIVE"}
+    passive = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if jobs == 1 or not devices:

@@ -1,11 +1,21 @@
-"""Scores of answers, by hand."""
+"""Scores of answers, by hand, and answers that end early."""
 
 import re
 
 import pytest
+import tiny
+import torch
 from datasets import Dataset
 
-from hf_reflora.recipes.scores import Scorer, final_answer_scores, reference, tool_call_scores
+from hf_reflora.recipes import scores
+from hf_reflora.recipes.scores import (
+    EXAMPLES,
+    Scorer,
+    final_answer_scores,
+    never_a_json_object,
+    reference,
+    tool_call_scores,
+)
 
 
 LIGHT = '{"name": "set_light", "arguments": {"room": "hall", "on": true}}'
@@ -86,3 +96,50 @@ def test_final_answers():
 def test_reference_of_both_formats():
     assert reference({"completion": "a"}) == "a"
     assert reference({"completion": [{"role": "assistant", "content": "b"}]}) == "b"
+
+
+@pytest.mark.parametrize("text", [LIGHT, TIMER + "\n ", '{"a": "\\u00e9 }{", "b": [{}]}', "\n\t{}", "{}"])
+def test_no_beginning_of_a_json_object_is_hopeless(text):
+    assert not any(never_a_json_object(text[:end]) for end in range(len(text) + 1))
+
+
+@pytest.mark.parametrize("text", ["So", " [", '"{', "{} {", LIGHT + "\nDone", "1"])
+def test_hopeless_beginnings_score_nothing(text):
+    assert never_a_json_object(text)
+    assert tool_call_scores([text], [LIGHT]) == tool_call_scores([text + "}"], [LIGHT])
+    assert set(tool_call_scores([text], [LIGHT]).values()) == {0.0}
+
+
+def memorized(answers: dict[str, str]):
+    """A tiny model that gives each prompt its answer, and its tokenizer."""
+    tokenizer, model = tiny.tokenizer(), tiny.llama(hidden_size=64, intermediate_size=96)
+    texts = [prompt + answer + tokenizer.eos_token for prompt, answer in answers.items()]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, tokenizer
+
+
+def test_hopeless_answers_end_early_and_no_score_changes(monkeypatch):
+    """Some rows are answered with the call, one with a wrong call, some with prose or with a call and prose."""
+    call = '{"name": "f", "arguments": {}}'
+    texts = [call, "It is so", call, "No", "Yes", "So it is", call + " done", call, '{"name": "g"}', "Hello you"]
+    asked = {f"{chr(97 + i) * 2}=": text for i, text in enumerate(texts)}
+    model, tokenizer = memorized(asked)
+    rows = Dataset.from_list([{"prompt": prompt, "completion": call} for prompt in asked])
+    found, answers = {}, {}
+    for early in (True, False):
+        if not early:
+            monkeypatch.setattr(scores, "HOPELESS", {})
+        scorer = Scorer("tool_call", rows, max_new_tokens=40, batch_size=3)
+        found[early] = scorer.score(model, tokenizer, "after")
+        answers[early] = scorer.answers["after"]
+    assert answers[False] == texts
+    assert found[True] == found[False]
+    assert found[True] == {"exact": 0.3, "valid_json": 0.4, "right_tool": 0.3, "argument_f1": 1.0}
+    assert answers[True][:EXAMPLES] == texts[:EXAMPLES]  # these are shown, so they are complete
+    assert answers[True][EXAMPLES:] == ["S", call + " d", call, '{"name": "g"}', "H"]
