@@ -55,7 +55,7 @@ docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 5 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, a fresh environment for the Space
+test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, axolotl, a fresh environment for the Space
 	$(VENV)/bin/python -m pytest -m release
 
 test-oldest: test-oldest-core test-oldest-publishing ## Run the fast tests with the oldest supported versions
