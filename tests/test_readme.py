@@ -1,8 +1,10 @@
 """What the Markdown pages say is what the repository does: their commands, snippets, links and names of files."""
 
+import ast
 import json
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ PAGES = {
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
+        "UPSTREAM.md",
         "recipes/README.md",
         "recipes/data/README.md",
         "benchmarks/README.md",
@@ -244,6 +247,27 @@ def test_oldest_versions_are_those_of_pyproject():
     assert len(named) == 6
     assert all(re.search(rf'"{package}>={version}"', text) for package, version in named.items())
     assert re.search(rf'requires-python = ">={re.findall("Python ([0-9.]+[0-9])", sentence)[0]}"', text)
+
+
+def imported_by(path: Path) -> set[str]:
+    """The top-level packages that a file imports, itself or through files of its own folder."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= imported_by(path.parent / f"{node.module}.py") if node.level else {node.module.split(".")[0]}
+    return names
+
+
+def test_the_formulas_that_would_move_to_peft_are_standalone():
+    rows = re.findall(r"^\| `(hf_reflora/reflora/\w+\.py)` \| (`.*)\|$", PAGES["UPSTREAM.md"], re.M)
+    assert len(rows) == 4
+    for name, functions in rows:
+        defined = re.findall(r"^def (\w+)", (ROOT / name).read_text(encoding="utf-8"), re.M)
+        named = set(re.findall(r"`(\w+)`", functions)) - {"step"}
+        assert named <= set(defined)
+        assert name.endswith("optimizer.py") or imported_by(ROOT / name) - sys.stdlib_module_names == {"torch"}
 
 
 def test_every_package_is_in_the_readme():
