@@ -14,8 +14,10 @@ TEST_TOOLS = pytest pytest-timeout pytest-xdist hypothesis
 export PEFT_TESTS ?= $(abspath $(VENV))/$(PEFT_SDIST)/tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 BUDGET ?= 24h
+PYTHONS ?= 3.10 3.12 3.13
+PYTHONS_TESTS = tests/test_portability.py tests/reflora tests/recipes/test_rows.py tests/report/test_record.py
 
-.PHONY: help demo compare space cards evidence docs test test-oldest test-newest test-release lint clean
+.PHONY: help demo compare space cards evidence docs test test-oldest test-newest test-release test-pythons lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -69,6 +71,12 @@ test-oldest-core test-newest-core: test-%-core: $(VENV)-%/ready
 test-oldest-publishing test-newest-publishing: test-%-publishing: $(VENV)-%/ready
 	$(VENV)-$*/bin/python -m pytest -n 2 -m "not slow and not gpu and not release" $(PUBLISHING_TESTS)
 	HUB_TESTS=lfs $(VENV)-$*/bin/python -m pytest tests/hub/against_server -k "not recipe"
+
+test-pythons: ## Run some fast tests with other versions of Python, from fresh environments (needs uv; PYTHONS="3.12 3.13")
+	for python in $(PYTHONS); do \
+		uv run --isolated --no-project --python $$python --with ".[sweep]" --with pytest,hypothesis,pytest-timeout \
+			python -m pytest -p no:cacheprovider -m "not slow and not gpu and not release" $(PYTHONS_TESTS) || exit 1; \
+	done
 
 lint: $(VENV)/test ## Check style, layers and types, those also as on Windows
 	$(VENV)/bin/ruff check .

@@ -61,6 +61,16 @@ def test_rows_that_the_page_counts_are_the_records():
     assert f"{round(trained['lora'] / trained['lora_sb'])} times fewer" in text
 
 
+def test_llama_cpp_table_is_the_record():
+    pytest.importorskip("gguf")  # the benchmark writes files by it
+    import llama_cpp
+
+    record = read("llama_cpp.json")
+    assert record["environment"]["uncommitted_changes"] is False
+    assert all(row["gap"] < 0.02 for row in record["rows"].values())
+    assert llama_cpp.table(record["rows"]) in page("benchmarks/README.md")
+
+
 def test_trajectories_table_is_the_record():
     record = read("trajectories.json")
     assert record["environment"]["uncommitted_changes"] is False
