@@ -88,6 +88,7 @@ def card(options: argparse.Namespace) -> None:
     from .report.licenses import check_license
     from .report.plot import plot as draw
     from .report.record import RunRecord
+    from .report.snippet import read_own_tokenizer
 
     check_license(options.license)
     path = options.record
@@ -108,7 +109,14 @@ def card(options: argparse.Namespace) -> None:
     picture = output.with_name(options.plot)
     plot = options.plot if picture.exists() or draw(record, picture) else None
     entries = OwnEntries(options.license, options.language, list(options.tags)).over(own_entries(present))
-    text = render(record, plot=plot, repo_id=options.repo_id, exported=options.exported, **vars(entries))
+    text = render(
+        record,
+        plot=plot,
+        repo_id=options.repo_id,
+        exported=options.exported,
+        tokenizer=read_own_tokenizer(path if path.is_dir() else path.parent),
+        **vars(entries),
+    )
     output.write_text(text, encoding="utf-8", newline="\n")
     print(output)
 

@@ -14,6 +14,7 @@ from ..report.front_matter import OwnEntries, check_front_matter, own_entries, r
 from ..report.ids import is_hub_id
 from ..report.licenses import check_license, knows_license
 from ..report.record import RunRecord
+from ..report.snippet import read_own_tokenizer
 from .eval_results import write_eval_results
 from .present_card import HubCard, base_in_cards, choose_card, read_hub_card
 from .reading import is_there
@@ -182,7 +183,7 @@ def push_folder(
             text = own
         else:
             entries = wishes.over(own_entries(own))
-            text = _rendered(record, repo.id, staged, hub_card, entries)
+            text = _rendered(record, repo.id, folder, staged, hub_card, entries)
         check_front_matter(text)
         write_eval_results(staged, record)
         (staged / CARD_NAME).unlink(missing_ok=True)  # it may be a hard link, and writing would change the original
@@ -197,7 +198,9 @@ def push_folder(
         return Push(commit, repo.id, names, left_out, card.is_hubs, card.notes)
 
 
-def _rendered(record: RunRecord, repo_id: str, staged: Path, hub_card: HubCard, entries: OwnEntries) -> str:
+def _rendered(
+    record: RunRecord, repo_id: str, folder: Path, staged: Path, hub_card: HubCard, entries: OwnEntries
+) -> str:
     """The card of the record for the files in `staged`, with a person's entries before the record's and the Hub's."""
     of_record = OwnEntries(record.card.get("license"), record.card.get("language"))
     exported = (staged / NATIVE_FOLDER).exists()
@@ -207,5 +210,6 @@ def _rendered(record: RunRecord, repo_id: str, staged: Path, hub_card: HubCard, 
         plot=PLOT_NAME if (staged / PLOT_NAME).exists() else None,
         exported=exported,
         native_folder=NATIVE_FOLDER if exported else None,
+        tokenizer=read_own_tokenizer(folder),  # not of `staged`, which no longer names a base model in a folder
         **vars(entries.over(of_record).over(hub_card.entries)),
     )

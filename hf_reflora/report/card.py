@@ -22,6 +22,7 @@ from .methods import DORA, LORA_SB_PAPER, Method, method_named
 from .numbers import alike, as_number, change, counted, rounded
 from .record import RunRecord
 from .serving import vllm_rank
+from .snippet import OwnTokenizer, messages
 from .tasks import task_of
 
 
@@ -39,6 +40,7 @@ def render(
     plot: str | None = None,
     exported: bool = False,
     native_folder: str | None = None,
+    tokenizer: OwnTokenizer | None = None,
     license: str | list[str] | None = None,
     language: str | list[str] | None = None,
     tags: Sequence[str] = (),
@@ -54,6 +56,8 @@ def render(
         plot: Name of the PNG beside the card.
         exported: The files are the exported, ordinary LoRA of a LoRA-SB adapter.
         native_folder: Folder beside the exported files that has the LoRA-SB adapter itself.
+        tokenizer: The one in the adapter's folder, see `read_own_tokenizer`. Default: the snippet takes the base
+            model's.
         license: Hub license id or ids. Default: the record's, or none.
         language: Language code or codes of the adapter. Default: the record's, or none.
         tags: Further tags, beside the record's.
@@ -65,6 +69,8 @@ def render(
     entries = OwnEntries(license, language, list(tags), dict(more or {}))
     record = with_base(record, entries.more.get("base_model"))
     method, task = _method(record, exported), task_of(record)
+    # vLLM takes no adapters with rows for tokens of their own.
+    has_vllm = task.is_generation and not method.native and not (tokenizer and tokenizer.vocabulary)
     title = record.card.get("title") or f"{_short(record.base_model or record.model)} with {method.name}"
     title = repo_id.split("/")[-1] if repo_id else line(title)
     card = (
@@ -85,8 +91,9 @@ def render(
             native_folder=native_folder,
             pip_requirement=PIP_REQUIREMENT,
             texts=len(record.arguments.get("text_columns") or [""]),
-            vllm_rank=vllm_rank(record, exported) if task.is_generation and not method.native else None,
-            messages=_messages(record),
+            vllm_rank=vllm_rank(record, exported) if has_vllm else None,
+            tokenizer=tokenizer,
+            messages=messages(record, tokenizer),
             facts=_facts(record),
             command=_command(record),
             limits=_limits(record),
@@ -216,15 +223,6 @@ def _eval_results(record: RunRecord, task: str) -> list[EvalResult]:
         for scores, label in ((record.after, "with the adapter"), (record.before, "base model"))
         if math.isfinite(scores[name])
     ]
-
-
-def _messages(record: RunRecord) -> str | None:
-    """The snippet's chat as Python source: the system prompt of the training and the first example."""
-    if not record.arguments.get("system_prompt") or not record.examples:
-        return None
-    turns = [("system", record.arguments["system_prompt"]), ("user", record.examples[0]["prompt"])]
-    lines = [f'{{"role": "{role}", "content": {literal(content)}}},' for role, content in turns]
-    return "\n".join(["[", *(f"    {turn}" for turn in lines), "]"])
 
 
 def _command(record: RunRecord) -> str | None:

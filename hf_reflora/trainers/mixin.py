@@ -31,6 +31,7 @@ from ..report.ids import hub_id
 from ..report.plot import plot
 from ..report.record import RunRecord
 from ..report.recorder import RunRecordCallback, dataset_facts
+from ..report.snippet import read_own_tokenizer
 from .background_push import BackgroundPushes
 from .card_arguments import record_entries
 from .checkpoints import begin_checkpoint, check_adapter, check_state, checkpoint_to_resume, rotate
@@ -271,7 +272,13 @@ class AdapterTrainerMixin(_Base):
         wishes = OwnEntries(record.card.get("license"), record.card.get("language"), record.card.get("tags", []))
         # What a person has written into the front matter of the card that is there stays.
         entries = wishes.over(own_entries(present)).over(self._hub_card.entries)
-        text = render(record, repo_id=self.hub_model_id, plot=PLOT_NAME if has_plot else None, **vars(entries))
+        text = render(
+            record,
+            repo_id=self.hub_model_id,
+            plot=PLOT_NAME if has_plot else None,
+            tokenizer=read_own_tokenizer(path.parent),
+            **vars(entries),
+        )
         write_text(path, text)
 
     # Pushes

@@ -17,6 +17,7 @@ from hf_reflora.recipes.options import Options
 from hf_reflora.report.card import render
 from hf_reflora.report.ids import hub_id
 from hf_reflora.report.record import RunRecord
+from hf_reflora.report.snippet import read_own_tokenizer
 
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +179,7 @@ def test_reflora_end_to_end(tiny_model, tmp_path, train):
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter_model.safetensors").exists()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert card == render(RunRecord.from_dict(record), plot="training.png")
+    assert card == render(RunRecord.from_dict(record), plot="training.png", tokenizer=read_own_tokenizer(tmp_path))
     assert "base_model" not in card.split("---")[1]  # a local folder
     assert "before" in output
     assert "after" in output

@@ -31,6 +31,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from snippets import run_snippet
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessor as ImageProcessor
 
@@ -62,16 +63,6 @@ def vit(labels: int = 10):
 def card_of(folder) -> tuple[str, dict]:
     card = render(read_record(folder), repo_id=None)
     return card, yaml.safe_load(card.split("---\n")[1])
-
-
-def run_snippet(card, base, folder, monkeypatch) -> list:
-    """What the card's Python prints, with real paths for the base model and the adapter."""
-    [snippet] = re.findall(r"^```python\n(.*?)\n```$", card, re.S | re.M)
-    snippet = snippet.replace('"org/base"', repr(str(base))).replace('"path/to/this/adapter"', repr(str(folder)))
-    printed = []
-    monkeypatch.chdir(base)
-    exec(compile(snippet, "snippet", "exec"), {"print": printed.append})
-    return printed
 
 
 # The base model; PEFT's configuration; what the card says: sentence, pipeline tag, class of the base model

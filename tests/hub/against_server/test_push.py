@@ -26,6 +26,7 @@ from hf_reflora.cli import main
 from hf_reflora.hub.scan import SecretFound
 from hf_reflora.report.card import render
 from hf_reflora.report.record import RunRecord
+from hf_reflora.report.snippet import OwnTokenizer
 
 
 ROOT = Path(hf_reflora.__file__).parent.parent
@@ -67,7 +68,8 @@ def test_everything_arrives_in_one_commit(server, upload_path, tmp_path):
     data = front_matter(server, "me/adapter")
     assert (data["library_name"], data["base_model"], data["base_model_relation"]) == ("peft", "me/base", "adapter")
     card = server.read("me/adapter", "README.md").decode()
-    assert card == render(RunRecord.from_dict(saved_adapters.RECORD), repo_id="me/adapter", plot="training.png")
+    record, tokenizer = RunRecord.from_dict(saved_adapters.RECORD), OwnTokenizer(has_template=True, has_end=True)
+    assert card == render(record, repo_id="me/adapter", plot="training.png", tokenizer=tokenizer)
 
 
 @BOTH_UPLOAD_PATHS
