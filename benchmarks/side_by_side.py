@@ -21,7 +21,9 @@ from transformers.utils import logging
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "spaces" / "before_after"))
 
-from engine import Engine, Settings, Side, _Batch  # noqa: E402
+from decoding import Batch, Settings  # noqa: E402
+from engine import Engine  # noqa: E402
+from shared_model import Side  # noqa: E402
 
 from hf_reflora.recipes import embedded_model  # noqa: E402
 from hf_reflora.report.environment import environment, usable_cores, write_json  # noqa: E402
@@ -35,7 +37,7 @@ SIDES_OF_BASES_BATCH = {"in turn": [Side.BASE], "mixed batch": [Side.BASE, Side.
 
 def ways(engine: Engine) -> dict:
     """By the way's name: a function that makes both answers."""
-    ids = torch.tensor([engine.encode_prompt(PROMPT, NAME)], device=engine.model.device)
+    ids = torch.tensor([engine.encode_prompt(PROMPT, NAME)], device=engine.shared.model.device)
     settings = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
     engine._chats[NAME].end_tokens = set()  # all answers have the full length
 
@@ -44,9 +46,9 @@ def ways(engine: Engine) -> dict:
         [*_, _] = engine.compare(PROMPT, NAME, Settings(max_new_tokens=TOKENS))
 
     def one_after_the_other():
-        with engine.model.disable_adapter():
-            engine.model.generate(input_ids=ids, **settings)
-        engine.model.generate(input_ids=ids, **settings)
+        with engine.shared.model.disable_adapter():
+            engine.shared.model.generate(input_ids=ids, **settings)
+        engine.shared.model.generate(input_ids=ids, **settings)
 
     in_engine_ways = {way: lambda way=way: in_engine(way) for way in SIDES_OF_BASES_BATCH}
     return {**in_engine_ways, "one after the other": one_after_the_other}
@@ -55,19 +57,21 @@ def ways(engine: Engine) -> dict:
 @torch.inference_mode()
 def differences(engine: Engine) -> dict[str, dict[str, float]]:
     """The largest difference between the base side's logits and the base model's: alone, and in a batch as large."""
-    base_model, by_way = engine.model.get_base_model(), {}
+    base_model, by_way = engine.shared.model.get_base_model(), {}
     for way, sides in SIDES_OF_BASES_BATCH.items():
-        batch = _Batch(engine, sides)
+        batch = Batch(engine.shared, sides)
         references = {"alone": 1, "in a batch as large": len(sides)}
         caches = {what: DynamicCache(config=base_model.config) for what in references}
         tokens, largest = engine.encode_prompt(PROMPT, NAME), dict.fromkeys(references, 0.0)
         for _ in range(TOKENS):
             row = batch.logits([tokens] * len(sides))[0]
-            with engine.model.disable_adapter():
+            with engine.shared.model.disable_adapter():
                 for what, rows in references.items():
                     ids = torch.tensor([tokens] * rows, device=base_model.device)
                     output = base_model(input_ids=ids, past_key_values=caches[what], logits_to_keep=1)
-                    difference = (row - output.logits[0, -1].float().cpu()).abs().max().item()
+                    # Without the rows of tokens that were added for the adapter, which the base model has not.
+                    logits = output.logits[0, -1, : len(row)].float().cpu()
+                    difference = (row - logits).abs().max().item()
                     largest[what] = max(largest[what], difference)
             tokens = [int(row.argmax())]
         by_way[way] = largest

@@ -24,14 +24,9 @@ from .upload import check_card, upload
 INSTALLED = Path(__file__).parents[1] / "before_after"
 SOURCE = Path(__file__).parents[2] / "spaces" / "before_after"
 FILES = (
-    "README.md",
-    "app.py",
-    "adapter_check.py",
-    "chat.py",
-    "engine.py",
-    "loading.py",
-    "results.py",
-    "requirements.txt",
+    *("README.md", "requirements.txt", "app.py", "events.py", "layout.py", "comparison.py", "differences.py"),
+    *("startup.py", "configuration.py", "results.py", "engine.py", "decoding.py", "shared_model.py", "chat.py"),
+    *("loading.py", "adapter_check.py", "zero_gpu.py"),
 )
 ZERO_GPU_TORCH = "torch>=2.8,<2.12"  # the versions that ZeroGPU has
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 
 MAX_EXAMPLES = 5
+LONGEST_TASK = 120  # characters of a system prompt that the heading shows
+METHODS = {"lora": "LoRA", "reflora": "RefLoRA", "reflora_s": "RefLoRA-S", "lora_sb": "LoRA-SB", "lora_xs": "LoRA-XS"}
 
 
 class Results:
@@ -19,6 +22,7 @@ class Results:
 
     Attributes:
         text: A line on its training, Markdown.
+        task: What it was trained to do in a sentence, Markdown; may be empty.
         headline: Its scores before and after in a line, Markdown; may be empty.
         scores: [name, before, after] of each score on held-out rows; may be empty.
         losses: Columns step and loss; may be empty.
@@ -50,13 +54,29 @@ class Results:
         ]
         self.system_prompt = (record.get("arguments") or {}).get("system_prompt") or ""
         rows = f" on {scores['rows']:,} held-out rows" if scores.get("rows") else ""
-        shown = [f"**{name}** {old:.2f} → **{new:.2f}**" for name, old, new in self.scores if name != "loss"]
+        shown = [f"**{_plain(name)}** {old:.2f} → **{new:.2f}**" for name, old, new in self.scores if name != "loss"]
         self.headline = " · ".join(shown[:3]) + rows if shown else ""
         is_local = Path(source).exists()
         where = "" if is_local else f" [Its card](https://huggingface.co/{source})."
-        data = f" on {Path(str(record['dataset'])).name}" if record.get("dataset") else ""
-        self.text = f"Trained with {record['method']}{data}.{where}" if record else f"It has no run record.{where}"
+        training = _training(record) if record else ""
+        self.text = f"{training or 'It has no run record'}.{where}"
+        prompt = self.system_prompt.strip().partition("\n")[0]
+        prompt = shorten(prompt, LONGEST_TASK, placeholder=" …")
+        self.task = f"{training} to follow the system prompt “{_plain(prompt)}”" if prompt else training
         self.card = _card(Path(source) / "README.md") if is_local else ""
+
+
+def _training(record: dict[str, Any]) -> str:
+    """How it was trained, without the full stop."""
+    method = METHODS.get(record["method"], str(record["method"]))
+    rows = f"{record['train_rows']:,} rows of " if record.get("train_rows") else ""
+    data = f" on {rows}{Path(str(record['dataset'])).name}" if record.get("dataset") else ""
+    return _plain(f"Trained with {method}{data}")
+
+
+def _plain(text: str) -> str:
+    """Text of somebody's record as Markdown that shows it as it is: without links, pictures or formulas."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~$])", r"\\\1", text)
 
 
 def _card(path: Path) -> str:

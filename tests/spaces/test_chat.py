@@ -15,7 +15,8 @@ from trl import clone_chat_template
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
 
-from engine import Engine, Settings
+from decoding import Settings
+from engine import Engine
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"

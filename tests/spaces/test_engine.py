@@ -24,7 +24,10 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "before_after"))
 
 import engine as engine_module
-from engine import CannotAnswer, Engine, Settings, Side, _Batch, settings_of
+from chat import CannotAnswer
+from decoding import Batch, Settings, gumbel, settings_of
+from engine import Engine
+from shared_model import Side
 
 
 NAMES = ["org/model-1.5", "lora", "."]  # awkward as names of adapters in PEFT
@@ -79,12 +82,12 @@ def test_each_side_is_what_its_model_says_alone(engine, folders, prompt, i):
 
 
 @pytest.mark.parametrize("sides", [[Side.BASE], [Side.BASE, Side.ADAPTER]], ids=["in turn", "mixed batch"])
-def test_the_base_side_is_the_pristine_base_to_the_bit(engine, folders, sides):
+def test_the_base_side_is_bit_identical_to_the_pristine_base(engine, folders, sides):
     """Of the same batch: what a row is must not depend on the adapter of the other one."""
     pristine = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32).eval()
     pristine.requires_grad_(False)  # matmul chooses its kernel by this, too
     last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=3)))
-    ours, cache, tokens = _Batch(engine, sides), DynamicCache(), list(range(4, 40))
+    ours, cache, tokens = Batch(engine.shared, sides), DynamicCache(), list(range(4, 40))
     for _ in range(6):
         with torch.inference_mode():
             ids = torch.tensor([tokens] * len(sides))
@@ -119,7 +122,7 @@ def test_sampling_is_by_the_models_probabilities(engine, folders):
     with torch.inference_mode():
         expected = (model(ids).logits[0, -1] / 0.05).softmax(-1)
     run = 4000
-    noise = torch.stack([engine._gumbel(torch.Generator().manual_seed(seed)) for seed in range(run)])
+    noise = torch.stack([gumbel(torch.Generator().manual_seed(seed), len(expected)) for seed in range(run)])
     found = torch.bincount((expected.log() + noise).argmax(-1), minlength=len(expected)) / run
     assert (found - expected).abs().max() < 4 * 0.5 / run**0.5
 
@@ -138,7 +141,7 @@ def test_both_sides_grow_together_and_end_for_a_reason(engine):
     assert all(side.seconds > 0 and side.first_token_seconds > 0 for side in steps[-1])
 
 
-def test_one_side_end_tokens_while_the_other_goes_on(engine, monkeypatch):
+def test_one_side_ends_while_the_other_goes_on(engine, monkeypatch):
     base, adapted = last(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=12)))
     chat = engine._chats[NAMES[0]]
     ids, theirs = (chat.tokenizer(side.text, add_special_tokens=False)["input_ids"] for side in (base, adapted))
@@ -175,7 +178,7 @@ def test_a_base_model_without_a_chat_template_completes(engine, folders, monkeyp
         ("x" * 200, "lora", r"The prompt is 2\d\d tokens long; the model takes 127"),
     ],
 )
-def test_what_a_visitor_can_change_is_said(engine, prompt, adapter, message):
+def test_a_wrong_question_gets_a_message(engine, prompt, adapter, message):
     with pytest.raises(CannotAnswer, match=message):
         list(engine.compare(prompt, adapter))
     assert not engine._lock.locked()
@@ -223,7 +226,7 @@ def test_an_error_does_not_poison_the_model(engine, folders, monkeypatch):
         if len(calls) == 3:
             raise RuntimeError("out of memory")
 
-    hook = engine.model.get_base_model().model.layers[0].register_forward_pre_hook(fail)
+    hook = engine.shared.model.get_base_model().model.layers[0].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(engine.compare("Hello", NAMES[0], Settings(max_new_tokens=12)))
     hook.remove()
@@ -301,13 +304,15 @@ def test_other_caches(folders, tmp_path, config, mixed):
 
 
 def count_hooks(engine):
-    return sum(len(layer._forward_pre_hooks) + len(layer._forward_pre_hooks_with_kwargs) for layer in engine._layers)
+    return sum(
+        len(layer._forward_pre_hooks) + len(layer._forward_pre_hooks_with_kwargs) for layer in engine.shared.layers
+    )
 
 
 def test_the_faster_way_is_measured(folders):
     """With a model that sleeps: for each row, or for each pass."""
     engine = three(folders)
-    model = engine.model.get_base_model().model
+    model = engine.shared.model.get_base_model().model
     for i, sleep in enumerate([lambda rows: 0.03 * (rows > 1), lambda rows: 0.03]):
         hook = model.embed_tokens.register_forward_pre_hook(lambda _, inputs, s=sleep: time.sleep(s(len(inputs[0]))))
         sides = last(engine.compare("Hello", NAMES[i], Settings(max_new_tokens=12)))
@@ -320,13 +325,13 @@ def test_a_base_row_that_is_not_the_bases_is_not_shown(folders):
     engine = Engine(str(folders / "base"), {"x": str(folders / "adapter0")})
 
     def leak(module, inputs, output):
-        if len(output) == 2 and not next(iter(engine._layers))._disable_adapters:
+        if len(output) == 2 and not next(iter(engine.shared.layers))._disable_adapters:
             output[0] += 1e-6 * output[1]
 
-    engine.model.get_base_model().model.embed_tokens.register_forward_hook(
+    engine.shared.model.get_base_model().model.embed_tokens.register_forward_hook(
         lambda _, inputs, output: time.sleep(0.03)  # a mixed batch would be faster
     )
-    engine.model.get_base_model().lm_head.register_forward_hook(leak)
+    engine.shared.model.get_base_model().lm_head.register_forward_hook(leak)
     base, _ = last(engine.compare("Hello", "x", Settings(max_new_tokens=12)))
     assert engine._uses_mixed_batch == {"x": False}
     assert base.text == greedy(folders, "Hello")
@@ -377,7 +382,7 @@ def test_a_long_prompt_is_read_in_pieces(engine, folders, monkeypatch):
 def test_the_speed_is_that_of_decoding(engine, monkeypatch):
     """With a model that takes 0.1 s for a piece of the prompt and 0.02 s for a token."""
     monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
-    prompt, embed = "a longer prompt, with some more words in it", engine.model.get_input_embeddings()
+    prompt, embed = "a longer prompt, with some more words in it", engine.shared.model.get_input_embeddings()
     pause = lambda _, inputs: time.sleep(0.1 if inputs[0].shape[1] > 1 else 0.02)  # noqa: E731
     hook = embed.register_forward_pre_hook(pause)
     sides = last(engine.compare(prompt, NAMES[0], Settings(max_new_tokens=5)))
@@ -405,7 +410,7 @@ def test_measured_at_the_start_the_first_question_is_answered_at_once(folders):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_base_can_be_kept_in_another_dtype(folders, dtype):
     engine = Engine(str(folders / "base"), {"x": str(folders / "adapter0")}, dtype=dtype)
-    assert engine.model.get_base_model().lm_head.weight.dtype == getattr(torch, dtype)
+    assert engine.shared.model.get_base_model().lm_head.weight.dtype == getattr(torch, dtype)
     base, _ = last(engine.compare("Hello", "x", Settings(max_new_tokens=4)))
     assert base.tokens == 4
 
@@ -433,11 +438,11 @@ def test_a_template_may_refuse_a_system_prompt(engine, monkeypatch):
         engine.encode_prompt("Hello", NAMES[0], "Be brief.")
 
 
-def test_a_completion_goes_on_where_a_tokenizer_end_tokens_the_text(engine, monkeypatch):
+def test_a_completion_goes_on_where_a_tokenizer_ends_the_text(engine, monkeypatch):
     chat = engine._chats[NAMES[0]]
     monkeypatch.setattr(chat, "template", None)
     ids = engine.encode_prompt("Hello", NAMES[0])
-    monkeypatch.setattr(chat, "tokenizer", lambda text: {"input_ids": [*ids, engine.model.config.eos_token_id]})
+    monkeypatch.setattr(chat, "tokenizer", lambda text: {"input_ids": [*ids, engine.shared.model.config.eos_token_id]})
     assert engine.encode_prompt("Hello", NAMES[0]) == ids
 
 

@@ -27,7 +27,9 @@ from hf_reflora import LoraSbConfig
 SPACE = Path(__file__).parents[2] / "spaces" / "before_after"
 sys.path.insert(0, str(SPACE))
 
-from engine import Engine, Settings, Side, _Batch  # noqa: E402
+from decoding import Batch, Settings  # noqa: E402
+from engine import Engine  # noqa: E402
+from shared_model import Side  # noqa: E402
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -198,8 +200,8 @@ def test_an_adapter_with_tokens_of_its_own(tmp_path, rows, tied, config, mixed):
     base.requires_grad_(False)
     with torch.inference_mode():
         expected = base.eval()(torch.tensor([ids]), past_key_values=DynamicCache(), logits_to_keep=1).logits[0, -1]
-    assert torch.equal(_Batch(engine, [Side.BASE]).logits([ids])[0], expected)
-    assert len(engine._head.weight) == max(rows, 260)
+    assert torch.equal(Batch(engine.shared, [Side.BASE]).logits([ids])[0], expected)
+    assert len(engine.shared.head.weight) == max(rows, 260)
 
 
 def test_an_adapter_with_tokens_of_its_own_needs_a_page_of_its_own(tmp_path):
@@ -244,7 +246,9 @@ def test_a_copy_of_the_bases_embeddings_leaves_the_base_as_it_is(base, tmp_path,
     save_file(weights, path)
     engine = Engine(base, {"x": source})
     pristine = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert torch.equal(engine.model.get_input_embeddings().base_layer.weight, pristine.get_input_embeddings().weight)
+    assert torch.equal(
+        engine.shared.model.get_input_embeddings().base_layer.weight, pristine.get_input_embeddings().weight
+    )
     weights[copy][5] += 1
     save_file(weights, path)
     refused(base, source, "has model.embed_tokens.weight of the base model with other values", "modules_to_save")
@@ -310,7 +314,7 @@ def test_a_base_of_another_name_is_noted(base, tmp_path):
 def test_loading_is_pefts(base, tmp_path):
     """Every weight of every adapter, and of the base model."""
     sources = {str(i): save_adapter(tmp_path / str(i), init_lora_weights="gaussian") for i in range(2)}
-    ours = Engine(base, sources).model.state_dict()
+    ours = Engine(base, sources).shared.model.state_dict()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, sources["0"], adapter_name="adapter0")
     model.load_adapter(sources["1"], adapter_name="adapter1")

@@ -196,6 +196,16 @@ def test_direct_posts_and_clients_that_vanish_hang_nothing(space, client, posts)
     assert time.monotonic() - begin < 10
 
 
+def test_an_answer_that_nobody_reads_is_stopped(space, client):
+    """Gradio notices a visitor who leaves, but not one who never begins to listen."""
+    join(space, client, "silent", 4000)
+    assert client.predict("Hello", "first", "", 3, api_name="/compare")[0]  # after the silent one's
+    with urllib.request.urlopen(f"{space.url}gradio_api/queue/data?session_hash=silent", timeout=60) as messages:
+        text = messages.read().decode()
+    assert "Stopped, as nobody reads this answer." in text
+    assert "4000 tokens" not in text
+
+
 def test_visitors_that_leave_the_queue_without_a_word_hang_nothing(space, client):
     """Their answers are stopped, or go by."""
     for _ in range(8):
@@ -327,7 +337,7 @@ def test_a_waiting_visitor_sees_the_place_in_the_queue_and_may_leave_it(page, cl
 
 
 @browser_test
-def test_an_error_is_said_at_its_place(page):
+def test_an_error_is_shown_at_its_place(page):
     page.locator("#prompt textarea").fill("")
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("Type a prompt first.").first.wait_for()
@@ -340,7 +350,7 @@ def test_switching_the_adapter_shows_its_run(page):
     compare(page, tokens=6)
     wait_for_end(page)
     page.get_by_role("button", name="The adapter's training run").click()
-    page.get_by_text("Trained with reflora.").wait_for()
+    page.get_by_text("Trained with RefLoRA.").wait_for()
     assert page.get_by_text("0.5").count() >= 1
     page.get_by_role("button", name="The adapter's card").click()
     page.get_by_text("What it was made for.").wait_for()
@@ -356,7 +366,7 @@ def test_switching_the_adapter_shows_its_run(page):
     page.get_by_label("System prompt").fill("My own.")
     page.get_by_label("Adapter", exact=True).first.click()
     page.get_by_role("option", name="first").click()
-    page.get_by_text("Trained with reflora.").wait_for()
+    page.get_by_text("Trained with RefLoRA.").wait_for()
     assert page.get_by_label("System prompt").input_value() == "My own."
 
 
@@ -406,7 +416,7 @@ def test_only_another_adapter_clears_the_answers(page):
 
 
 @browser_test
-def test_a_missing_seed_is_said_at_its_field(page):
+def test_a_missing_seed_is_named_at_its_field(page):
     compare(page, tokens=6)
     wait_for_end(page)
     page.get_by_label("Seed (the same luck for both)").fill("")
@@ -421,17 +431,22 @@ def test_a_visitor_sees_a_finished_comparison_at_once(page):
     assert text_of(page, "base") == ANSWERS[0]["before"]
     assert json.loads(text_of(page, "adapted")) == json.loads(ANSWERS[0]["after"])
     assert "\n" in text_of(page, "adapted")  # JSON on several lines
-    reference = page.get_by_label("Reference of this held-out row")
+    reference = page.locator("#reference textarea")
     assert json.loads(reference.input_value()) == json.loads(ANSWERS[0]["reference"])
     page.get_by_text("The answers have next to nothing in common.").wait_for()
     page.get_by_text("exact 0.00 → 0.50 on 4 held-out rows").wait_for()
+    page.get_by_text("Trained with RefLoRA to follow the system prompt “Be brief.”").wait_for()
     page.get_by_role("button", name="✗ → ✓").wait_for()
     page.get_by_role("button", name="✗ → ✗").click()
     page.wait_for_function("document.querySelector('#adapted textarea').value == 'Hello, friend'")
     assert page.locator("#prompt textarea").input_value() == EXAMPLES[1]
     assert reference.input_value() == "Goodbye"
-    page.locator("#prompt textarea").press_sequentially(", else")
+    prompt = page.locator("#prompt textarea")
+    prompt.press_sequentially(", else")
     reference.wait_for(state="hidden")
+    for text, state in ((EXAMPLES[1], "visible"), ("pasted", "hidden"), (EXAMPLES[1], "visible"), ("", "hidden")):
+        prompt.fill(text)
+        reference.wait_for(state=state)
 
 
 @browser_test
@@ -467,7 +482,7 @@ def test_a_link_brings_the_question_along(page, space):
     assert link.startswith(space.url)
     page.goto(link.replace("adapter=first", "adapter=second"))
     page.wait_for_function("document.querySelector('#prompt textarea')?.value == 'Is this & that = 1?'")
-    page.get_by_text("and with the adapter second").wait_for()
+    page.get_by_text("With the adapter second").wait_for()
     assert text_of(page, "base") == ""
     page.get_by_role("button", name="System prompt and sampling").click()
     assert page.get_by_label("Seed (the same luck for both)").input_value() == "7"
@@ -488,12 +503,14 @@ def test_an_adapter_gets_its_own_system_prompt_over_the_api(client):
 
 def test_nothing_is_kept_of_visitors(space):
     """No uploads, no monitoring, no history of runs."""
-    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.txt\r\n\r\nhello\r\n--x--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    request = urllib.request.Request(f"{space.url}gradio_api/upload", boundary, headers)
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
-    assert refused.value.code == 413
+    for content in (b"", b"hello"):
+        head = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.txt\r\n\r\n"
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        body = head + content + b"\r\n--x--\r\n"
+        request = urllib.request.Request(f"{space.url}gradio_api/upload", body, headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        assert refused.value.code == 404
     for path in ("monitoring", "monitoring/summary"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{space.url}gradio_api/{path}", timeout=10)
@@ -523,6 +540,21 @@ def test_a_phone_stacks_the_answers(page):
 
 
 @browser_test
+@pytest.mark.parametrize("page", [PHONE], indirect=True)
+def test_on_a_phone_both_answers_come_into_view(page):
+    def bottom(side):
+        return page.locator(f"#{side}").evaluate("element => element.getBoundingClientRect().bottom")
+
+    page.evaluate("window.scrollTo(0, 0)")
+    assert bottom("adapted") > PHONE["viewport"]["height"]  # below the fold
+    compare(page, tokens=400)
+    page.wait_for_function("document.querySelector('#adapted').getBoundingClientRect().bottom < innerHeight")
+    page.wait_for_function("document.querySelector('#base-side').getBoundingClientRect().top >= 0")
+    wait_for_end(page)
+    assert bottom("adapted") <= PHONE["viewport"]["height"]
+
+
+@browser_test
 @pytest.mark.parametrize("page", [{}, DARK, PHONE], indirect=True, ids=["light", "dark", "phone"])
 def test_axe_finds_nothing(page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -548,6 +580,6 @@ def test_it_is_used_by_keyboard_alone(page):
     page.get_by_text("tokens/s").nth(1).wait_for(timeout=60_000)
 
 
-def test_nothing_internal_is_said(space):
-    """In the server's log."""
+def test_no_traceback_is_in_the_log(space):
+    """Of the server."""
     assert "Traceback" not in space.output()

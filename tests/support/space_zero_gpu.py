@@ -59,9 +59,10 @@ def main(folder, requests):
     sys.path.insert(0, folder)
     import app
     from gradio_client import Client
+    from startup import ENGINE, SYSTEM_PROMPTS
 
     page = {block.label: block.value for block in app.demo.blocks.values() if hasattr(block, "value")}
-    found = {"page": page, "system_prompts": app.SYSTEM_PROMPTS, "device": str(app.ENGINE.model.device)}
+    found = {"page": page, "system_prompts": SYSTEM_PROMPTS, "device": str(ENGINE.shared.model.device)}
     _, url, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
     client = Client(url, verbose=False)
     running = client.submit("Hello", "first", "", 4000, api_name="/compare")
