@@ -1,12 +1,13 @@
 """Finds the LoRA factors of a PEFT model. This is the only file that knows the insides of PEFT's layers.
 
-Nothing here keeps a Parameter, because frameworks replace them: FSDP2 when it shards, `set_adapter` when it switches
-adapters. The pairs are therefore looked up from the layers, which stay, at each step.
+Frameworks replace Parameters (FSDP2 when it shards) and switch them on and off (`set_adapter`), so a list of pairs may
+be out of date at the next step. Only the layers stay. `PairLookup` keeps a list as long as it is certain to be right.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -42,10 +43,14 @@ class LoraPair:
 
     def split_A(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The blocks of a tensor of A's shape (or of this process's rows of it): views (r, in)."""
+        if tensor.ndim == 2 and self.blocks == 1:
+            return (tensor,)  # most layers: saves the five calls that make the views
         return _as_matrix(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
 
     def split_B(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The blocks of a tensor of B's shape (or of this process's rows of it): views (out, r)."""
+        if tensor.ndim == 2 and self.blocks == 1:
+            return (tensor,)
         if self.experts:
             return _as_matrix(tensor).unflatten(1, (-1, self.blocks)).unbind(2)
         return _as_matrix(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
@@ -92,16 +97,71 @@ def trainable_pairs(layers: dict[str, LoraLayer]) -> list[LoraPair]:
     return _pairs_of(layers, lambda factor: factor.requires_grad)
 
 
-def pairs_to_step(layers: dict[str, LoraLayer]) -> list[LoraPair]:
+class PairLookup:
     """The pairs that an optimizer's step can change: `trainable_pairs`, and those that still have gradients.
 
     A loss of several adapters is computed with `set_adapter` between them, which freezes the one that has its
     gradients already. An optimizer looks at gradients, not at `requires_grad`, and updates that adapter, too.
 
-    Raises:
-        ValueError: as `trainable_pairs`.
+    Looking up the pairs of a model takes as long as computing their refactorings. The result is therefore kept until
+    something that it depends on changes: a Parameter or a module that holds one is another object, an adapter comes or
+    goes, its scaling or variant changes, or a factor's `requires_grad` or gradient comes or goes. What a Parameter's
+    `data` is does not matter here, because shapes, dtypes and memory are read from the Parameter when they are needed.
     """
-    return _pairs_of(layers, lambda factor: factor.requires_grad or factor.grad is not None)
+
+    def __init__(self, layers: dict[str, LoraLayer]):
+        self._layers = layers
+        self._pairs: list[LoraPair] = []
+        self._adapters: list[int] | None = None  # of each layer, the number; None before the first lookup
+        self._places: list[tuple[dict, str, Any]] = []  # (a dictionary inside a layer, a key, the object found there)
+        self._factors: list[nn.Parameter] = []
+        self._counts: list[bool] = []  # of each factor, whether a step can change it
+
+    def pairs(self) -> list[LoraPair]:
+        """The pairs as of now.
+
+        Raises:
+            ValueError: as `trainable_pairs`.
+        """
+        if not self._is_current():
+            self._pairs = _pairs_of(self._layers, _can_change)
+            adapters = [(layer, adapter) for layer in self._layers.values() for adapter in layer.r]
+            self._places = [place for layer, adapter in adapters for place in _places(layer, adapter)]
+            self._factors = [factor for layer, adapter in adapters for factor in _factors(layer, adapter)]
+            self._counts = [_can_change(factor) for factor in self._factors]
+            self._adapters = [len(layer.r) for layer in self._layers.values()]
+        return self._pairs
+
+    def _is_current(self) -> bool:
+        return (
+            self._adapters == [len(layer.r) for layer in self._layers.values()]
+            and all(mapping.get(key) is value for mapping, key, value in self._places)
+            and self._counts == [_can_change(factor) for factor in self._factors]
+        )
+
+
+def _can_change(factor: nn.Parameter) -> bool:
+    return factor.requires_grad or factor.grad is not None
+
+
+def _places(layer: LoraLayer, adapter: str) -> Iterator[tuple[dict, str, Any]]:
+    """Where a layer keeps what a lookup of an adapter reads: (dictionary, key, the object there now).
+
+    These are the dictionaries themselves, because reading an attribute of a module takes ten times as long.
+    """
+    yield vars(layer), "scaling", layer.scaling
+    yield layer.scaling, adapter, layer.scaling[adapter]
+    yield layer.lora_variant, adapter, layer.lora_variant.get(adapter)
+    embedding = adapter in layer.lora_embedding_A
+    for side in ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B"):
+        holder = getattr(layer, side)
+        yield layer._modules, side, holder
+        if embedding:
+            yield holder._parameters, adapter, holder[adapter]
+        else:
+            yield holder._modules, adapter, holder[adapter]
+            # A parametrized weight is none of the module's parameters, so it is never current and looked up each time.
+            yield holder[adapter]._parameters, "weight", holder[adapter].weight
 
 
 def _pairs_of(layers: dict[str, LoraLayer], counts: Callable[[nn.Parameter], bool]) -> list[LoraPair]:

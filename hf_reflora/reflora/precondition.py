@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .refactor import balance_scalars, factor_norms, group_indices, ieee_arithmetic, refactorings
+from .products import multiply_, scale_
+from .refactor import balance_scalars, factor_norms, ieee_arithmetic, refactorings
 
 
 @torch.no_grad()
@@ -46,8 +47,8 @@ def precondition_(
         As, Bs, eps=eps, dtype=dtype, inverse_steps=inverse_steps, sum_over_shards=sum_over_shards
     ):
         with ieee_arithmetic(R.S.device):
-            _multiply_([grads_A[i] for i in indices], R.S_inv, left=True)
-            _multiply_([grads_B[i] for i in indices], R.S, left=False)
+            multiply_([grads_A[i] for i in indices], R.S_inv, left=True)
+            multiply_([grads_B[i] for i in indices], R.S, left=False)
 
 
 @torch.no_grad()
@@ -70,10 +71,11 @@ def precondition_scalar_(
         norms: ‖A‖_F and ‖B‖_F of every pair, where the matrices are this process's rows only. Default: computed here.
     """
     norms_A, norms_B = norms or (factor_norms(As), factor_norms(Bs))
-    for grad_A, grad_B, s in zip(grads_A, grads_B, balance_scalars(norms_A, norms_B, inverse_steps), strict=True):
-        for grad, multiplier in ((grad_A, s.reciprocal()), (grad_B, s)):
-            if grad is not None:
-                _write_(grad, grad.to(multiplier.dtype) * multiplier)
+    for indices, s in balance_scalars(norms_A, norms_B, inverse_steps):
+        grads = [*(grads_A[i] for i in indices), *(grads_B[i] for i in indices)]
+        multipliers = (*s.reciprocal().unbind(0), *s.unbind(0))
+        present = [(grad, number) for grad, number in zip(grads, multipliers, strict=True) if grad is not None]
+        scale_([grad for grad, _ in present], [number for _, number in present])
 
 
 @torch.no_grad()
@@ -103,38 +105,15 @@ def rescale_(
         norms: As in `precondition_scalar_`.
     """
     norms_A, norms_B = norms or (factor_norms(As), factor_norms(Bs))
-    for i, s in enumerate(balance_scalars(norms_A, norms_B, inverse_steps)):
-        root = s.sqrt()
+    for indices, s in balance_scalars(norms_A, norms_B, inverse_steps):
         # B A = (B / √s) (√s A), and ∇(√s A) = ∇A / √s.
-        _write_(As[i], As[i].to(root.dtype) * root)
-        _write_(Bs[i], Bs[i].to(root.dtype) / root)
-        for moment, degree in moments_A[i] if moments_A is not None else ():
-            _write_(moment, moment.to(root.dtype) / root**degree)
-        for moment, degree in moments_B[i] if moments_B is not None else ():
-            _write_(moment, moment.to(root.dtype) * root**degree)
-
-
-def _multiply_(grads: Sequence[Tensor | None], S: Tensor, *, left: bool) -> None:
-    """grads[i] ← S[i] grads[i] (left) or grads[i] S[i], in place; gradients of one shape in one batch."""
-    present = {i: grad for i, grad in enumerate(grads) if grad is not None}
-    where = list(present)
-    for group in group_indices([(grad.shape, grad.dtype, grad.device) for grad in present.values()]):
-        indices = [where[i] for i in group]
-        stack = torch.stack([present[i] for i in indices]).to(S.dtype)
-        # Indexing with a list would copy the indices to the device and wait for it; stacking views does not.
-        T = S if len(indices) == len(S) else torch.stack([S[i] for i in indices])
-        product = T @ stack if left else stack @ T
-        for i, value in zip(indices, product.unbind(0), strict=True):
-            _write_(present[i], value)
-
-
-def _write_(target: Tensor, value: Tensor) -> None:
-    """target ← value, cast once to the target's dtype. What is finite stays finite.
-
-    Only float16 is too small for that: its largest number, 65504, takes the place of a larger one. As inf it would
-    make the factors NaN for good.
-    """
-    if target.dtype == torch.float16:
-        limit = torch.finfo(target.dtype).max
-        value = torch.where(value.isfinite(), value.clamp(-limit, limit), value)
-    target.copy_(value)
+        root = s.sqrt()
+        grow, shrink = root.unbind(0), root.reciprocal().unbind(0)
+        by_degree = {1: (shrink, grow), 2: (s.reciprocal().unbind(0), s.unbind(0))}
+        tensors, multipliers = [As[i] for i in indices] + [Bs[i] for i in indices], [*grow, *shrink]
+        for side, moments in enumerate((moments_A, moments_B)):
+            for place, i in enumerate(indices if moments is not None else ()):
+                for moment, degree in moments[i]:
+                    tensors.append(moment)
+                    multipliers.append(by_degree[degree][side][place])
+        scale_(tensors, multipliers)

@@ -26,8 +26,7 @@ arithmetic (no TF32). A result is cast once, at the end, to the dtype of the ten
 """
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .polar import Quintic, polar_coefficients, polar_factor
+from .products import gram_stack, group_indices
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Refactoring:
 
 def compute_dtype(*tensors: Tensor, minimum: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype to compute in: the widest of `tensors`, and at least `minimum`."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), minimum)
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, minimum)
 
 
 def default_eps(r: int, dtype: torch.dtype) -> float:
@@ -83,30 +83,28 @@ def refactoring(
             rates.
     """
     r = P.shape[-1]
-    eye = torch.eye(r, dtype=P.dtype, device=P.device).expand_as(P)
-    trace_P, trace_Q = (G.diagonal(dim1=-2, dim2=-1).sum(-1) for G in (P, Q))
-    finite = (P.isfinite() & Q.isfinite()).all(-1).all(-1)
-    usable = finite & (trace_P > 0) & (trace_Q > 0)
-
-    def shrink(G: Tensor, trace: Tensor) -> Tensor:  # Ĝ = (1 - ε) r G / tr G + ε I
-        # torch.where computes both branches: the division must not produce a NaN in the one that is not taken.
-        share = G / torch.where(usable, trace, 1)[:, None, None]
-        return torch.where(usable[:, None, None], (1 - eps) * r * share + eps * eye, eye)
-
+    eye = torch.eye(r, dtype=P.dtype, device=P.device)
+    grams = torch.stack([P, Q])  # (2, n, r, r): one operation for both, here and below
+    traces = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # An entry of a Gram matrix is at most its trace, so a finite trace stands for finite entries.
+    usable = (traces.isfinite() & (traces > 0)).all(0)
+    # Ĝ = (1 - ε) r G / tr G + ε I. A pair that is not usable may become NaN here: it is replaced at the end.
+    shrunk = torch.add(eps * eye, grams / traces[..., None, None], alpha=(1 - eps) * r)
     # cholesky_ex reports a failure in a tensor; cholesky would raise, and for that wait for the device.
-    L_A, info_A = torch.linalg.cholesky_ex(shrink(P, trace_P))
-    L_B, info_B = torch.linalg.cholesky_ex(shrink(Q, trace_Q))
-    X = L_B.mT @ L_A
+    L, info = torch.linalg.cholesky_ex(shrunk)  # L_A, L_B
+    X = L[1].mT @ L[0]
     W = polar_factor(X / torch.linalg.matrix_norm(X, keepdim=True), coefficients)
-    S = torch.linalg.solve_triangular(L_A, L_B @ W, upper=False, left=False)  # L_B W L_A⁻¹
-    S_inv = torch.linalg.solve_triangular(L_B, L_A @ W.mT, upper=False, left=False)  # L_A Wᵀ L_B⁻¹
-    sound = usable & (info_A == 0) & (info_B == 0) & (S.isfinite() & S_inv.isfinite()).all(-1).all(-1)
-    S, S_inv = (torch.where(sound[:, None, None], M, eye) for M in (S, S_inv))
+    # L_B W L_A⁻¹ and L_A Wᵀ L_B⁻¹
+    both = torch.linalg.solve_triangular(L, L.flip(0) @ torch.stack([W, W.mT]), upper=False, left=False)
+    # The entries are below 1e6, or 1e13 in float64, so that their sum is finite if all of them are.
+    sound = usable & ((info == 0) & both.sum((-2, -1)).isfinite()).all(0)
 
-    norm_A, norm_B = trace_P.sqrt(), trace_Q.sqrt()
+    norm_A, norm_B = traces.sqrt()
     nuclear = torch.where(sound, (W * X).sum((-2, -1)) / r, 1)  # ‖B A‖_* / (‖A‖_F ‖B‖_F) = tr(Wᵀ X) / r
-    s = balance_scalar(norm_A, norm_B, nuclear=nuclear, inverse_step=inverse_step)[:, None, None]
-    return Refactoring(S=s * S, S_inv=S_inv / s, fallback=~sound)
+    s = balance_scalar(norm_A, norm_B, nuclear=nuclear, inverse_step=inverse_step)
+    scales = torch.stack([s, s.reciprocal()])[..., None, None]
+    S, S_inv = scales * torch.where(sound[:, None, None], both, eye)
+    return Refactoring(S=S, S_inv=S_inv, fallback=~sound)
 
 
 def balance_scalar(
@@ -132,19 +130,6 @@ def balance_scalar(
     return torch.where((s > 0) & s.isfinite() & s.reciprocal().isfinite(), s, 1)
 
 
-def gram_stack(
-    factors: Sequence[Tensor],  # n matrices (r, k_i)
-    dtype: torch.dtype,
-) -> Tensor:  # (n, r, r)
-    """M Mᵀ of every factor, in `dtype`; factors of one shape are multiplied in one batch."""
-    grams: list[Tensor | None] = [None] * len(factors)
-    for indices in group_indices([(M.shape, M.dtype, M.device) for M in factors]):
-        stack = torch.stack([factors[i] for i in indices]).to(dtype)
-        for i, gram in zip(indices, (stack @ stack.mT).unbind(0), strict=True):
-            grams[i] = gram
-    return torch.stack(grams)
-
-
 @torch.no_grad()
 def refactor_pairs(
     As: Sequence[Tensor],  # n matrices (r, in_i)
@@ -165,7 +150,7 @@ def refactor_pairs(
     r = As[0].shape[0]
     eps = default_eps(r, dtype) if eps is None else eps
     with ieee_arithmetic(As[0].device):
-        P, Q = gram_stack(As, dtype), gram_stack([B.mT for B in Bs], dtype)
+        P, Q = gram_stack(As, dtype), gram_stack(Bs, dtype, of_columns=True)
         Q = Q if sum_over_shards is None else sum_over_shards(Q)
         return P, Q, refactoring(P, Q, eps=eps, coefficients=polar_coefficients(eps / r), inverse_step=inverse_step)
 
@@ -203,36 +188,30 @@ def refactorings(
 
 def factor_norms(factors: Sequence[Tensor]) -> list[Tensor]:
     """‖M‖_F of every factor, at least float32 and on its device."""
-    return [torch.linalg.vector_norm(M, dtype=compute_dtype(M)) for M in factors]
+    norms: list[Tensor | None] = [None] * len(factors)
+    for indices in group_indices([(M.dtype, M.device) for M in factors]):
+        group = [factors[i] for i in indices]
+        for i, norm in zip(indices, torch._foreach_norm(group, dtype=compute_dtype(group[0])), strict=True):
+            norms[i] = norm
+    return norms
 
 
 def balance_scalars(
     norms_A: Sequence[Tensor],  # n numbers ‖A‖_F, each on its pair's device
     norms_B: Sequence[Tensor],  # n numbers ‖B‖_F
     inverse_steps: Sequence[float] | None,
-) -> list[Tensor]:
-    """s of Theorem 5 for every pair, see `balance_scalar`; the pairs of one device are computed in one batch."""
-    scalars: list[Tensor | None] = [None] * len(norms_A)
+) -> Iterator[tuple[list[int], Tensor]]:
+    """s of Theorem 5 for pairs of any devices, in one batch for each device: (indices of the pairs, s)."""
     for indices in group_indices([norm.device for norm in norms_A]):
         dtype = compute_dtype(*(norms[i] for norms in (norms_A, norms_B) for i in indices))
-        norm_A, norm_B = (torch.stack([norms[i].to(dtype) for i in indices]) for norms in (norms_A, norms_B))
+        norm_A, norm_B = (torch.stack([norms[i] for i in indices]).to(dtype) for norms in (norms_A, norms_B))
         steps = None if inverse_steps is None else norm_A.new_tensor([inverse_steps[i] for i in indices])
-        for i, s in zip(indices, balance_scalar(norm_A, norm_B, inverse_step=steps).unbind(0), strict=True):
-            scalars[i] = s
-    return scalars
+        yield indices, balance_scalar(norm_A, norm_B, inverse_step=steps)
 
 
 def group_by_rank(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the pairs that form one batch: of one rank, on one device, computed in one dtype."""
-    return group_indices([(A.shape[0], A.device, compute_dtype(A, B)) for A, B in zip(As, Bs, strict=True)])
-
-
-def group_indices(keys: Sequence[Hashable]) -> list[list[int]]:
-    """The indices of equal keys, group by group, in the order of their first appearance."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
-        groups[key].append(i)
-    return list(groups.values())
+    """Indices of the pairs that form one batch: of one rank, on one device, of the same dtypes."""
+    return group_indices([(A.shape[0], A.device, A.dtype, B.dtype) for A, B in zip(As, Bs, strict=True)])
 
 
 @contextmanager

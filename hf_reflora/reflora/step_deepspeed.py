@@ -104,7 +104,9 @@ class DeepSpeedStep(PlainStep):
     def _scalars(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[Tensor]:
         """s of Theorem 5 for every block."""
         As, Bs = self._local_factors(pairs)
-        return balance_scalars(factor_norms(As), factor_norms(Bs), self._inverse_steps(pairs, optimizer))
+        batches = balance_scalars(factor_norms(As), factor_norms(Bs), self._inverse_steps(pairs, optimizer))
+        by_block = {i: s for indices, batch in batches for i, s in zip(indices, batch.unbind(0), strict=True)}
+        return [by_block[i] for i in range(len(by_block))]
 
     @torch.no_grad()
     def _compute_multipliers(

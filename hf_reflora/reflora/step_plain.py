@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..distributed.parameters import is_sharded
 from .diagnose import diagnose
-from .factors import LoraPair, blocks_of, dense_gradient, pairs_to_step, trainable_pairs
+from .factors import LoraPair, PairLookup, blocks_of, dense_gradient, trainable_pairs
 from .optimizer_support import moments
 from .precondition import precondition_, precondition_scalar_, rescale_
 from .settings import RefLora
@@ -26,6 +26,7 @@ class PlainStep:
 
     def __init__(self, settings: RefLora, layers: dict[str, LoraLayer]):
         self.settings, self.layers = settings, layers
+        self._lookup = PairLookup(layers)
         self.grad_norm: Tensor | None = None  # of the LoRA gradients after the last preconditioning, on its device
 
     def begin(self, step: int, optimizer: Optimizer) -> None:
@@ -34,12 +35,12 @@ class PlainStep:
     def before_optimizer(self, step: int, optimizer: Optimizer) -> None:
         """Before the optimizer's step: preconditions the gradients, if the settings say so."""
         if not self.settings.rescales and self.settings.due(step):
-            self.grad_norm = self.precondition(pairs_to_step(self.layers), optimizer)
+            self.grad_norm = self.precondition(self._lookup.pairs(), optimizer)
 
     def after_optimizer(self, step: int, optimizer: Optimizer) -> None:
         """After the optimizer's step: rescales the factors, if the settings say so."""
         if self.settings.rescales and self.settings.due(step):
-            self.rescale(pairs_to_step(self.layers), optimizer)
+            self.rescale(self._lookup.pairs(), optimizer)
 
     def close(self) -> None:
         """When training ends."""

@@ -32,7 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_reflora.reflora.diagnose import diagnose
 from hf_reflora.reflora.polar import polar_coefficients
 from hf_reflora.reflora.precondition import precondition_, precondition_scalar_, rescale_
-from hf_reflora.reflora.refactor import balance_scalar, default_eps, gram_stack, refactoring
+from hf_reflora.reflora.products import gram_stack
+from hf_reflora.reflora.refactor import balance_scalar, default_eps, refactoring
 
 
 # The reference itself
