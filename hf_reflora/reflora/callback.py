@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Optimizer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..distributed.backend import check_backend, is_deepspeed, unwrap_optimizer
 from .factors import lora_layers, require_pairs
@@ -39,6 +40,14 @@ def _check_holds_pairs(optimizer: Optimizer, model: nn.Module) -> None:
         )
 
 
+def _may_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the Trainer may log after the step that is being taken: its gradients are gone by then."""
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return args.logging_strategy == IntervalStrategy.EPOCH  # where an epoch ends is not known beforehand
+    step = state.global_step + 1
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+
+
 # The callback of each optimizer that trains. Both are held weakly: a trainer that is dropped leaves nothing behind.
 _callbacks: "weakref.WeakKeyDictionary[Optimizer, weakref.ref[RefLoraCallback]]" = weakref.WeakKeyDictionary()
 
@@ -65,7 +74,7 @@ class RefLoraCallback(TrainerCallback):
     Args:
         method: `"reflora"` (Theorem 3) or `"reflora_s"` (Theorem 5).
         settings: The other settings of `hf_reflora.RefLora` by name: `form`, `eps`, `dtype`, `warmup_steps`,
-            `interval`, `smoothness`.
+            `interval`, `smoothness`, `diagnostics`.
 
     Attributes:
         settings: The `RefLora` made of them.
@@ -131,7 +140,8 @@ class RefLoraCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # The gradients are accumulated, averaged over processes, unscaled and clipped by now. After an overflow in
         # fp16 they are not finite and this event comes all the same; the GradScaler then skips the step.
-        self._step.before_optimizer(state.global_step, unwrap_optimizer(optimizer))
+        measure_norm = self.settings.diagnostics and _may_log(args, state)
+        self._step.before_optimizer(state.global_step, unwrap_optimizer(optimizer), measure_norm=measure_norm)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # The Trainer counts the step later, so `state.global_step` is still the index of the step just taken.
@@ -147,10 +157,11 @@ class RefLoraCallback(TrainerCallback):
         Returns:
             By names that begin with "reflora/": means over the pairs as they are now, before the next refactoring
             (balance_gap, balance_residual, norm_A, norm_B, fallback; medians of cond_P and cond_Q; see
-            `hf_reflora.reflora.diagnose.diagnose`), and grad_norm, the norm of the LoRA gradients after the last
-            preconditioning. What does not exist yet, or not under DeepSpeed, is left out.
+            `hf_reflora.reflora.diagnose.diagnose`), and grad_norm, the norm of the LoRA gradients after the
+            preconditioning of the last step, if that is one after which the Trainer logs. What does not exist yet,
+            or not under DeepSpeed, is left out. Nothing with `diagnostics=False`.
         """
-        if self._step is None:
+        if self._step is None or not self.settings.diagnostics:
             return {}
         # .item() waits for the device: this is called at logging steps only.
         metrics = {}

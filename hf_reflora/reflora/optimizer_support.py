@@ -1,7 +1,6 @@
 """What RefLoRA must know of optimizers: which of them it works with, and how their state follows a rescaling."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -66,7 +65,7 @@ def check_rescaling(optimizer_cls: type[Optimizer], arguments: dict[str, Any], d
         probe.step()
     except Exception:  # it needs more than a tensor: the first step of the training will tell
         return
-    [found] = moments(probe, parameter, lambda tensor: (tensor,), 1)
+    found = moments(probe, parameter)
     # By the names of the class and its parents, so that SGD under another library's name counts.
     is_sgd = any(cls.__name__ == "SGD" for cls in optimizer_cls.__mro__)
     if not found and not (is_sgd and probe.defaults.get("momentum", 0) == 0):
@@ -83,25 +82,15 @@ def _raise_steps_inside_backward(name: str) -> NoReturn:
     )
 
 
-def moments(
-    optimizer: Optimizer, parameter: Tensor, split: Callable[[Tensor], tuple[Tensor, ...]], blocks: int
-) -> list[list[tuple[Tensor, int]]]:
-    """The moments (tensor, degree) that `optimizer` keeps for each block of `parameter`.
-
-    Args:
-        split: Makes the blocks of a tensor of the parameter's shape, for example `LoraPair.split_A`.
-        blocks: Their number.
+def moments(optimizer: Optimizer, parameter: Tensor) -> list[tuple[Tensor, int]]:
+    """The moments (tensor, degree) that `optimizer` keeps for `parameter`.
 
     Raises:
         ValueError: for state of an unknown name or a quantized one.
     """
-    by_block: list[list[tuple[Tensor, int]]] = [[] for _ in range(blocks)]
-    for name, value in optimizer.state.get(parameter, {}).items():
-        degree = moment_degree(optimizer, name, value)
-        if degree:
-            for block_moments, block in zip(by_block, split(value), strict=True):
-                block_moments.append((block, degree))
-    return by_block
+    state = optimizer.state.get(parameter, {})
+    degrees = [moment_degree(optimizer, name, value) for name, value in state.items()]
+    return [(value, degree) for value, degree in zip(state.values(), degrees, strict=True) if degree]
 
 
 def moment_degree(optimizer: Optimizer, name: str, value: Tensor | None) -> int:

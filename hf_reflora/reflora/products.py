@@ -8,6 +8,7 @@ not grow with the number of layers. On a CPU the copies that stacking makes cost
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ def gram_stack(
     if not stacks(factors[0].device):
         r = factors[0].shape[1 if of_columns else 0]
         grams = factors[0].new_empty((len(factors), r, r), dtype=dtype)
-        for factor, gram in zip(factors, grams.unbind(0), strict=True):
-            M = factor.to(dtype)
+        for M, gram in zip(factors, grams.unbind(0), strict=True):
+            if M.dtype != dtype:
+                M = M.to(dtype)
             torch.mm(M.mT, M, out=gram) if of_columns else torch.mm(M, M.mT, out=gram)
         return grams
     ordered: list[Tensor | None] = [None] * len(factors)
@@ -59,9 +61,11 @@ def multiply_(
     present = {i: grad for i, grad in enumerate(grads) if grad is not None}
     matrices = S.unbind(0)
     if not stacks(S.device):
+        dtype = S.dtype
         for i, grad in present.items():
-            wide = grad.to(S.dtype)
-            _write_(grad, torch.mm(matrices[i], wide) if left else torch.mm(wide, matrices[i]))
+            wide = grad if grad.dtype == dtype else grad.to(dtype)
+            product = torch.mm(matrices[i], wide) if left else torch.mm(wide, matrices[i])
+            grad.copy_(product if wide is grad else _saturated(product, grad.dtype))
         return
     where = list(present)
     for group in group_indices([(grad.shape, grad.dtype) for grad in present.values()]):
@@ -81,11 +85,13 @@ def scale_(
     if not tensors:
         return
     if not stacks(tensors[0].device):
-        for tensor, multiplier in zip(tensors, multipliers, strict=True):
-            if tensor.dtype == multiplier.dtype:
-                tensor.mul_(multiplier)
-            else:  # mul_ would round the multiplier to the tensor's dtype first
-                _write_(tensor, tensor.to(multiplier.dtype) * multiplier)
+        # mul_ would round the multiplier to the tensor's dtype first, so the dtypes must agree.
+        agree = [tensor.dtype == multiplier.dtype for tensor, multiplier in zip(tensors, multipliers, strict=True)]
+        if any(agree):
+            torch._foreach_mul_(list(compress(tensors, agree)), list(compress(multipliers, agree)))
+        for tensor, multiplier, same in zip(tensors, multipliers, agree, strict=True):
+            if not same:
+                tensor.copy_(_saturated(tensor.to(multiplier.dtype) * multiplier, tensor.dtype))
         return
     for indices in group_indices([(tensor.shape, tensor.dtype) for tensor in tensors]):
         targets = [tensors[i] for i in indices]
@@ -93,19 +99,14 @@ def scale_(
         _write_stack_(targets, torch.stack(targets).to(column.dtype) * column)
 
 
-def _write_(target: Tensor, value: Tensor) -> None:
-    """target ← value, cast once to the target's dtype. What is finite stays finite."""
-    target.copy_(_saturated(value, target.dtype))
-
-
 def _write_stack_(targets: list[Tensor], values: Tensor) -> None:
-    """`_write_` for tensors of one dtype and the stack of their values."""
+    """targets[i] ← values[i], cast once to the dtype of the targets."""
     dtype = targets[0].dtype
     torch._foreach_copy_(targets, _saturated(values, dtype).to(dtype).unbind(0))
 
 
 def _saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` as `dtype` can hold it.
+    """`value` as `dtype` can hold it: what is finite stays finite.
 
     Only float16 is too small for the products of finite numbers that occur here: its largest number, 65504, takes the
     place of a larger one. As inf it would make the factors NaN for good.

@@ -172,9 +172,8 @@ def refactorings(
         inverse_step = None
         if inverse_steps is not None:
             first = As[indices[0]]
-            inverse_step = torch.tensor(
-                [inverse_steps[i] for i in indices], dtype=compute_dtype(first, minimum=dtype), device=first.device
-            )
+            steps = [inverse_steps[i] for i in indices]
+            inverse_step = device_tensor(steps, compute_dtype(first, minimum=dtype), first.device)
         _, _, R = refactor_pairs(
             [As[i] for i in indices],
             [Bs[i] for i in indices],
@@ -184,6 +183,13 @@ def refactorings(
             sum_over_shards=None if sum_over_shards is None else functools.partial(sum_over_shards, indices=indices),
         )
         yield indices, R
+
+
+def device_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers, made without waiting for the device."""
+    tensor = torch.tensor(values, dtype=dtype, device="cpu")
+    # From ordinary memory the copy would wait for all that the GPU has to do before it.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def factor_norms(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -203,9 +209,10 @@ def balance_scalars(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """s of Theorem 5 for pairs of any devices, in one batch for each device: (indices of the pairs, s)."""
     for indices in group_indices([norm.device for norm in norms_A]):
-        dtype = compute_dtype(*(norms[i] for norms in (norms_A, norms_B) for i in indices))
-        norm_A, norm_B = (torch.stack([norms[i] for i in indices]).to(dtype) for norms in (norms_A, norms_B))
-        steps = None if inverse_steps is None else norm_A.new_tensor([inverse_steps[i] for i in indices])
+        norm_A, norm_B = (torch.stack([norms[i] for i in indices]) for norms in (norms_A, norms_B))
+        steps = None
+        if inverse_steps is not None:
+            steps = device_tensor([inverse_steps[i] for i in indices], compute_dtype(norm_A, norm_B), norm_A.device)
         yield indices, balance_scalar(norm_A, norm_B, inverse_step=steps)
 
 

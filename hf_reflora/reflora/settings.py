@@ -41,6 +41,9 @@ class RefLora:
         smoothness: L, the smoothness constant of the loss with respect to the weight, for the small-step branch of
             Theorems 3 and 5 (η is the optimizer's current learning rate; a step with η = 0 has no such branch).
             Default: no such branch.
+        diagnostics: Whether `RefLoraCallback.metrics` computes what a Trainer logs as "reflora/…" (balance, condition
+            numbers, norms). Default: yes. That costs about as much as a refactoring, at steps that are logged; the
+            others compute none of it. `create_reflora_optimizer` logs nothing, with or without.
 
     Raises:
         ValueError: at construction, for a value out of range.
@@ -76,6 +79,10 @@ class RefLora:
             "help": "L, smoothness constant of the loss in W: below the learning rate η = 1/(2L‖BA‖_*) S is scaled as "
             "Theorems 3 and 5 say. Default: not used."
         },
+    )
+    diagnostics: bool = field(
+        default=True,
+        metadata={"help": "Log reflora/… (balance, condition numbers, norms) whenever the Trainer logs."},
     )
 
     def __post_init__(self):

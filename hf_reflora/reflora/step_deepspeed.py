@@ -59,7 +59,7 @@ class DeepSpeedStep(PlainStep):
         with gather_parameters(factor for pair in pairs for factor in (pair.A, pair.B)):
             self._multipliers = self._compute_multipliers(pairs, optimizer) if pairs else {}
 
-    def before_optimizer(self, step: int, optimizer: Optimizer) -> None:
+    def before_optimizer(self, step: int, optimizer: Optimizer, *, measure_norm: bool = False) -> None:
         """Nothing: the optimizer's step has been taken already, inside the backward pass."""
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """RefLoRA's part of an optimizer step where every process holds the full factors: one device, or DDP."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -27,15 +26,17 @@ class PlainStep:
     def __init__(self, settings: RefLora, layers: dict[str, LoraLayer]):
         self.settings, self.layers = settings, layers
         self._lookup = PairLookup(layers)
-        self.grad_norm: Tensor | None = None  # of the LoRA gradients after the last preconditioning, on its device
+        # The norm of the LoRA gradients after this step's preconditioning, on their device, where it was asked for.
+        self.grad_norm: Tensor | None = None
 
     def begin(self, step: int, optimizer: Optimizer) -> None:
         """Before the first backward pass of optimizer step number `step`, counted from 0."""
 
-    def before_optimizer(self, step: int, optimizer: Optimizer) -> None:
+    def before_optimizer(self, step: int, optimizer: Optimizer, *, measure_norm: bool = False) -> None:
         """Before the optimizer's step: preconditions the gradients, if the settings say so."""
+        self.grad_norm = None
         if not self.settings.rescales and self.settings.due(step):
-            self.grad_norm = self.precondition(self._lookup.pairs(), optimizer)
+            self.grad_norm = self.precondition(self._lookup.pairs(), optimizer, measure_norm=measure_norm)
 
     def after_optimizer(self, step: int, optimizer: Optimizer) -> None:
         """After the optimizer's step: rescales the factors, if the settings say so."""
@@ -54,11 +55,17 @@ class PlainStep:
         Bs = blocks_of(pairs, LoraPair.split_B, [self._full(pair.B) for pair in pairs])
         return diagnose(As, Bs, eps=self.settings.eps, dtype=self.settings.torch_dtype)
 
-    def precondition(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> Tensor | None:
+    def precondition(
+        self, pairs: Sequence[LoraPair], optimizer: Optimizer, *, measure_norm: bool = False
+    ) -> Tensor | None:
         """Preconditions the gradients of the pairs that `optimizer` updates.
 
+        Args:
+            measure_norm: Whether to compute the norm, which reads all gradients once more.
+
         Returns:
-            The norm of these gradients afterwards, a tensor on their device; None where there was no gradient.
+            The norm of these gradients afterwards, a tensor on their device; None where there was no gradient or
+            `measure_norm` is false.
         """
         pairs = [p for p in held_pairs(pairs, optimizer) if p.A.grad is not None or p.B.grad is not None]
         if not pairs:
@@ -76,6 +83,8 @@ class PlainStep:
             )
         else:
             self._precondition(pairs, grads_A, grads_B, inverse_steps)
+        if not measure_norm:
+            return None
         # Of torch's own norms this one takes the tensors of all devices and does not wait for any of them.
         present = [grad for grad in (*grads_A, *grads_B) if grad is not None]
         return self._full(torch.nn.utils.get_total_norm(present))
@@ -92,8 +101,8 @@ class PlainStep:
         _check_no_shared_memory([self._local(factor) for pair in pairs for factor in (pair.A, pair.B)])
         moments_A, moments_B = [], []
         for pair in pairs:
-            moments_A += moments(optimizer, pair.A, partial(self._split_local, pair.split_A), pair.blocks)
-            moments_B += moments(optimizer, pair.B, partial(self._split_local, pair.split_B), pair.blocks)
+            moments_A += self._block_moments(pair, pair.A, pair.split_A, optimizer)
+            moments_B += self._block_moments(pair, pair.B, pair.split_B, optimizer)
         rescale_(
             *self._local_factors(pairs),
             moments_A,
@@ -134,8 +143,19 @@ class PlainStep:
             self._local_blocks(pairs, LoraPair.split_B, [pair.B for pair in pairs]),
         )
 
-    def _split_local(self, split: Callable[[Tensor], tuple[Tensor, ...]], tensor: Tensor) -> tuple[Tensor, ...]:
-        return split(self._local(tensor))
+    def _block_moments(
+        self,
+        pair: LoraPair,
+        factor: Tensor,
+        split: Callable[[Tensor], tuple[Tensor, ...]],
+        optimizer: Optimizer,
+    ) -> list[list[tuple[Tensor, int]]]:
+        """For each block of a factor what this process has of its moments: (tensor, degree)."""
+        by_block: list[list[tuple[Tensor, int]]] = [[] for _ in range(pair.blocks)]
+        for moment, degree in moments(optimizer, factor):
+            for block_moments, block in zip(by_block, split(self._local(moment)), strict=True):
+                block_moments.append((block, degree))
+        return by_block
 
     def _local(self, tensor: Tensor) -> Tensor:
         """What this process has of a factor, a gradient or a moment, sharing its memory."""

@@ -24,8 +24,8 @@ class RefLoraArguments(_RefLoraOptions):  # type: ignore[valid-type, misc]  # a 
     """Settings of RefLoRA (https://huggingface.co/papers/2505.18877) on the command line and in YAML files.
 
     Every field is `reflora_` and the name of a setting of `hf_reflora.RefLora`: `reflora_form`, `reflora_eps`,
-    `reflora_dtype`, `reflora_warmup_steps`, `reflora_interval` and `reflora_smoothness`. The recipes' `method` is
-    `RefLora.method`.
+    `reflora_dtype`, `reflora_warmup_steps`, `reflora_interval`, `reflora_smoothness` and `reflora_diagnostics`. The
+    recipes' `method` is `RefLora.method`.
 
     Raises:
         ValueError: at construction, for a value out of range.

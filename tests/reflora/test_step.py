@@ -167,7 +167,7 @@ def test_quantized_moments_are_refused(kind):
     optimizer = cls([parameter], lr=1e-3)
     optimizer.state[parameter]["exp_avg"] = optimizer._new_buffer(parameter, True)
     with pytest.raises(ValueError, match=f"{cls.__name__} keeps 'exp_avg' as a {kind}, which is quantized. Use AdamW"):
-        moments(optimizer, parameter, lambda tensor: (tensor,), 1)
+        moments(optimizer, parameter)
 
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Muon])
