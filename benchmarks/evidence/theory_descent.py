@@ -198,8 +198,7 @@ def first_below(losses: list[float], bound: float, steps: int) -> int | str | No
 
 
 def rescale(optimizer: Optimizer, A: Tensor, B: Tensor) -> None:
-    of_A, of_B = (moments(optimizer, factor, lambda tensor: (tensor,), 1) for factor in (A, B))
-    rescale_([A], [B], of_A, of_B)
+    rescale_([A], [B], [moments(optimizer, A)], [moments(optimizer, B)])
 
 
 GAUGE_METHODS = {  # name: (optimizer, before, after)

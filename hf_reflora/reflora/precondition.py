@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .products import multiply_, scale_
-from .refactor import balance_scalars, factor_norms, ieee_arithmetic, refactorings
+from .refactor import balance_batches, factor_norms, ieee_arithmetic, refactorings
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def precondition_scalar_(
         norms: ‖A‖_F and ‖B‖_F of every pair, where the matrices are this process's rows only. Default: computed here.
     """
     norms_A, norms_B = norms or (factor_norms(As), factor_norms(Bs))
-    for indices, s in balance_scalars(norms_A, norms_B, inverse_steps):
+    for indices, s in balance_batches(norms_A, norms_B, inverse_steps):
         grads = [*(grads_A[i] for i in indices), *(grads_B[i] for i in indices)]
         multipliers = (*s.reciprocal().unbind(0), *s.unbind(0))
         present = [(grad, number) for grad, number in zip(grads, multipliers, strict=True) if grad is not None]
@@ -100,19 +100,19 @@ def rescale_(
 
     Args:
         As, Bs: The factors, overwritten.
-        moments_A, moments_B: For each factor its moments as (tensor, degree), overwritten.
+        moments_A, moments_B: For each factor its moments as (tensor, degree), overwritten; the degree is 1 or 2.
         inverse_steps: As in `precondition_`.
         norms: As in `precondition_scalar_`.
     """
     norms_A, norms_B = norms or (factor_norms(As), factor_norms(Bs))
-    for indices, s in balance_scalars(norms_A, norms_B, inverse_steps):
+    for indices, s in balance_batches(norms_A, norms_B, inverse_steps):
         # B A = (B / √s) (√s A), and ∇(√s A) = ∇A / √s.
         root = s.sqrt()
         grow, shrink = root.unbind(0), root.reciprocal().unbind(0)
         by_degree = {1: (shrink, grow), 2: (s.reciprocal().unbind(0), s.unbind(0))}
         tensors, multipliers = [As[i] for i in indices] + [Bs[i] for i in indices], [*grow, *shrink]
-        for side, moments in enumerate((moments_A, moments_B)):
-            for place, i in enumerate(indices if moments is not None else ()):
+        for side, moments in enumerate((moments_A or (), moments_B or ())):
+            for place, i in enumerate(indices if moments else ()):
                 for moment, degree in moments[i]:
                     tensors.append(moment)
                     multipliers.append(by_degree[degree][side][place])

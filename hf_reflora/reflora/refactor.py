@@ -202,7 +202,7 @@ def factor_norms(factors: Sequence[Tensor]) -> list[Tensor]:
     return norms
 
 
-def balance_scalars(
+def balance_batches(
     norms_A: Sequence[Tensor],  # n numbers ‖A‖_F, each on its pair's device
     norms_B: Sequence[Tensor],  # n numbers ‖B‖_F
     inverse_steps: Sequence[float] | None,
@@ -214,6 +214,15 @@ def balance_scalars(
         if inverse_steps is not None:
             steps = device_tensor([inverse_steps[i] for i in indices], compute_dtype(norm_A, norm_B), norm_A.device)
         yield indices, balance_scalar(norm_A, norm_B, inverse_step=steps)
+
+
+def balance_scalars(
+    norms_A: Sequence[Tensor], norms_B: Sequence[Tensor], inverse_steps: Sequence[float] | None
+) -> list[Tensor]:
+    """s of Theorem 5 for every pair, in the order of the pairs; arguments as in `balance_batches`."""
+    batches = balance_batches(norms_A, norms_B, inverse_steps)
+    scalars = {i: s for indices, batch in batches for i, s in zip(indices, batch.unbind(0), strict=True)}
+    return [scalars[i] for i in range(len(scalars))]
 
 
 def group_by_rank(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[list[int]]:

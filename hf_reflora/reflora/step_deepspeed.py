@@ -104,9 +104,7 @@ class DeepSpeedStep(PlainStep):
     def _scalars(self, pairs: Sequence[LoraPair], optimizer: Optimizer) -> list[Tensor]:
         """s of Theorem 5 for every block."""
         As, Bs = self._local_factors(pairs)
-        batches = balance_scalars(factor_norms(As), factor_norms(Bs), self._inverse_steps(pairs, optimizer))
-        by_block = {i: s for indices, batch in batches for i, s in zip(indices, batch.unbind(0), strict=True)}
-        return [by_block[i] for i in range(len(by_block))]
+        return balance_scalars(factor_norms(As), factor_norms(Bs), self._inverse_steps(pairs, optimizer))
 
     @torch.no_grad()
     def _compute_multipliers(

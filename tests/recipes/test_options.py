@@ -80,7 +80,7 @@ def test_an_option_is_refused(name):
 
 def test_every_setting_of_a_method_reaches_its_callback():
     reflora = {"form": "precondition", "eps": 0.5, "dtype": "float64", "warmup_steps": 3, "interval": 2}
-    reflora |= {"smoothness": 4.0}
+    reflora |= {"smoothness": 4.0, "diagnostics": False}
     assert {f"reflora_{name}" for name in reflora} == {field.name for field in dataclasses.fields(RefLoraArguments)}
     for name, value in reflora.items():
         method = "reflora_s" if name == "form" else "reflora"

@@ -210,7 +210,8 @@ def test_preconditioning_is_the_one_by_hand_and_touches_nothing_else(kind, metho
         total += sum(g.square().sum() for g in expected[pair.name])
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    norm = PlainStep(RefLora(method, form="precondition"), {}).precondition(pairs, optimizer)
+    step = PlainStep(RefLora(method, form="precondition"), {})
+    norm = step.precondition(pairs, optimizer, measure_norm=True)
 
     for pair, layer in zip(pairs, layers.values(), strict=True):
         for parameter, side, value in zip((pair.A, pair.B), "AB", expected[pair.name], strict=True):

@@ -24,6 +24,7 @@ from hf_reflora import (
     RefLoraTrainer,
     create_reflora_optimizer,
 )
+from hf_reflora.reflora import step_plain
 from hf_reflora.report.recorder import RunRecordCallback
 
 
@@ -129,6 +130,45 @@ def test_logged_grad_norm_is_the_step_of_sgd(tmp_path):
     [row] = [row for row in trainer.state.log_history if "loss" in row]
     assert row["reflora/grad_norm"] == pytest.approx(step.item(), rel=1e-3)
     assert row["grad_norm"] != pytest.approx(step.item(), rel=1e-2)
+
+
+def test_diagnostics_are_computed_at_logged_steps_only(tmp_path, monkeypatch):
+    """Neither at the other steps, nor at any step with diagnostics=False."""
+    calls = []
+    for owner, name in ((step_plain, "diagnose"), (torch.nn.utils, "get_total_norm")):
+        actual = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, n=name, f=actual, **k: (calls.append(n), f(*a, **k))[1])
+    for diagnostics, expected in ((True, 2), (False, 0)):
+        calls.clear()
+        reflora = RefLoraCallback(diagnostics=diagnostics)
+        trainer = make_trainer(tmp_path, "Trainer", reflora=reflora, logging_steps=2, max_grad_norm=0.0)
+        trainer.train()
+        assert trainer.state.global_step == 4
+        assert calls.count("diagnose") == calls.count("get_total_norm") == expected
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        assert [any(key.startswith("reflora/") for key in row) for row in rows] == [diagnostics] * 2
+
+
+def test_the_gradient_norm_is_that_of_the_logged_step(tmp_path):
+    """However seldom a step is logged and by whichever strategy; a step without preconditioning has none."""
+    norms = {}
+    for name, changes in {
+        "each": {},
+        "third": {"logging_steps": 3},
+        "epoch": {"logging_strategy": "epoch"},
+        "first": {"logging_steps": 100, "logging_first_step": True},
+    }.items():
+        trainer = make_trainer(tmp_path, "Trainer", **changes)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "reflora/grad_norm" in row]
+        norms[name] = {row["step"]: row["reflora/grad_norm"] for row in rows}
+    assert set(norms["each"]) == {1, 2, 3, 4}
+    for name, steps in (("third", {3}), ("epoch", {4}), ("first", {1})):
+        assert set(norms[name]) == steps
+        assert norms[name].items() <= norms["each"].items()
+    trainer = make_trainer(tmp_path, "Trainer", reflora=RefLoraCallback(interval=2))
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "reflora/grad_norm" in row] == [1, 3]
 
 
 def test_fallback_is_logged_at_the_start(tmp_path):
@@ -285,7 +325,9 @@ def test_the_order_of_transformers_arguments(tmp_path):
 
 def test_arguments_from_yaml(tmp_path):
     text = "reflora_eps: 1e-4\nreflora_dtype: float64\nreflora_warmup_steps: 100\nreflora_interval: 2\n"
-    _, training, model, arguments = parse(tmp_path, text + "reflora_smoothness: 3\nreflora_form: precondition\n")
+    _, training, model, arguments = parse(
+        tmp_path, text + "reflora_smoothness: 3\nreflora_form: precondition\nreflora_diagnostics: false\n"
+    )
     assert (training.learning_rate, get_peft_config(model).r) == (2e-4, 8)
     settings = arguments.callback("reflora").settings
     assert dataclasses.asdict(settings) == {
@@ -296,6 +338,7 @@ def test_arguments_from_yaml(tmp_path):
         "warmup_steps": 100,
         "interval": 2,
         "smoothness": 3.0,
+        "diagnostics": False,
     }
     *_, defaults = parse(tmp_path, "")
     for method in ("reflora", "reflora_s"):
