@@ -174,6 +174,7 @@ class RefLoraO(Optimizer):
         if group["length"] != 1 and blocks:
             torch._foreach_mul_([block for block, _ in blocks], group["length"])
 
+    @torch.no_grad()
     def _rescale(self) -> None:
         """Step 4 for the pairs that took at least two steps, as hf_reflora.reflora.precondition.rescale_ does it.
 

@@ -45,7 +45,7 @@ class LoraPair:
     def split_A(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The blocks of a tensor of A's shape (or of this process's rows of it): views (r, in)."""
         if tensor.ndim == 2 and self.blocks == 1:
-            return (tensor,)  # most layers: saves the five calls that make the views
+            return (tensor,)  # most layers: saves the five calls that make the views, but it may need no_grad()
         return _as_matrix(tensor).unflatten(0, (self.blocks, -1)).unbind(0)
 
     def split_B(self, tensor: Tensor) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ def replace_linear(model):
 
 def replace_dictionary(model):
     layer = first_layer(model)
-    layer.lora_A = nn.ModuleDict({"default": nn.Linear(6, 4, bias=False).double()})
+    layer.lora_A = nn.ModuleDict({**layer.lora_A, "default": nn.Linear(6, 4, bias=False).double()})
 
 
 def freeze(model):
