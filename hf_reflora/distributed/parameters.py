@@ -51,12 +51,16 @@ def sum_over_shards(
             groups.setdefault((factor.device_mesh, factor.placements), []).append(i)
     if not groups:
         return values
-    totals = values.clone()
+    # Stacks of views, because indexing with a list would copy it to the device and wait for that.
+    totals = list(values.unbind(0))
     for (mesh, placements), indices in groups.items():
         # HSDP shards over one dimension of the mesh and replicates over the other, where nothing is to be added.
         addends = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-        totals[indices] = DTensor.from_local(values[indices], mesh, addends, run_check=False).full_tensor()
-    return totals
+        own = torch.stack([totals[i] for i in indices])
+        summed = DTensor.from_local(own, mesh, addends, run_check=False).full_tensor()
+        for i, total in zip(indices, summed.unbind(0), strict=True):
+            totals[i] = total
+    return torch.stack(totals)
 
 
 def is_zero3_partitioned(parameter: Tensor) -> bool:
