@@ -95,7 +95,7 @@ def refactoring(
     X = L[1].mT @ L[0]
     W = polar_factor(X / torch.linalg.matrix_norm(X, keepdim=True), coefficients)
     # L_B W L_A⁻¹ and L_A Wᵀ L_B⁻¹
-    both = torch.linalg.solve_triangular(L, L.flip(0) @ torch.stack([W, W.mT]), upper=False, left=False)
+    both = torch.linalg.solve_triangular(L, torch.stack([L[1] @ W, L[0] @ W.mT]), upper=False, left=False)
     # The entries are below 1e6, or 1e13 in float64, so that their sum is finite if all of them are.
     sound = usable & ((info == 0) & both.sum((-2, -1)).isfinite()).all(0)
 
