@@ -30,14 +30,15 @@ def polar_factor(
 
 
 @functools.cache
-def polar_coefficients(lower: float) -> tuple[Quintic, ...]:
+def polar_coefficients(lower: float, error: float = 1e-12) -> tuple[Quintic, ...]:
     """Coefficients (a, b, c) of odd quintics a x + b x³ + c x⁵ whose composition maps [lower, 1] to 1.
 
     Each quintic is the minimax approximation of 1 on the interval that its predecessor leaves, which Remez exchange
-    finds in float64. The last two are Newton-Schulz steps, which cube the error that is left.
+    finds in float64. The last one or two are Newton-Schulz steps, which cube the error that is left.
 
     Args:
         lower: Smallest singular value that is mapped to 1, in (0, 1].
+        error: The distance from 1 that may be left. What is below the dtype's rounding costs a step for nothing.
 
     Raises:
         ValueError: `lower` is out of range.
@@ -50,14 +51,18 @@ def polar_coefficients(lower: float) -> tuple[Quintic, ...]:
         top = high * (1 + 2e-3)
         # For a tiny `low` the best quintic presses singular values near 1 down to `low`, too, and their digits are
         # lost. The fit therefore starts at 1/40 of the interval, where the quintic stays large; `low` itself is then
-        # mapped below 1 - error.
+        # mapped below 1 - deviation.
         floor = max(low, 0.025 * top)
-        (a, b, c), error = _minimax_quintic(floor, top)
-        least = 1 - error if floor == low else a * low + b * low**3 + c * low**5
-        scale = 2 / (least + 1 + error)
-        low, high = scale * least, scale * (1 + error)
+        (a, b, c), deviation = _minimax_quintic(floor, top)
+        least = 1 - deviation if floor == low else a * low + b * low**3 + c * low**5
+        scale = 2 / (least + 1 + deviation)
+        low, high = scale * least, scale * (1 + deviation)
         quintics.append((scale * a, scale * b, scale * c))
-    return (*quintics, (15 / 8, -10 / 8, 3 / 8), (15 / 8, -10 / 8, 3 / 8))
+    left = max(1 - low, high - 1)
+    while left > error:
+        quintics.append((15 / 8, -10 / 8, 3 / 8))
+        left = 2.5 * left**3  # the quintic's third derivative at 1 is 15, and the first two are 0
+    return tuple(quintics)
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[Quintic, float]:

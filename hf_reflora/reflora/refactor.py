@@ -76,7 +76,7 @@ def refactoring(
 
     Args:
         eps: Shrinkage ε in (0, 1], see `default_eps`.
-        coefficients: `polar_coefficients(eps / r)`.
+        coefficients: `polar_coefficients(eps / r, error)`.
         inverse_step: 1 / (L η) of each pair, for the small-step branch of Theorems 3 and 5: where
             η < 1 / (2 L ‖B A‖_*), S is multiplied by c = [1/(Lη) + √(1/(Lη)² - 4 ‖B A‖_*²)] / (2 ‖B A‖_*). (The other
             root is 1 / c, which meets the same bound.) 0, or the default: c = 1, the branch for ordinary learning
@@ -89,7 +89,7 @@ def refactoring(
     # An entry of a Gram matrix is at most its trace, so a finite trace stands for finite entries.
     usable = (traces.isfinite() & (traces > 0)).all(0)
     # Ĝ = (1 - ε) r G / tr G + ε I. A pair that is not usable may become NaN here: it is replaced at the end.
-    shrunk = torch.add(eps * eye, grams / traces[..., None, None], alpha=(1 - eps) * r)
+    shrunk = torch.add(eps * eye, grams.div_(traces[..., None, None]), alpha=(1 - eps) * r)
     # cholesky_ex reports a failure in a tensor; cholesky would raise, and for that wait for the device.
     L, info = torch.linalg.cholesky_ex(shrunk)  # L_A, L_B
     X = L[1].mT @ L[0]
@@ -103,7 +103,7 @@ def refactoring(
     nuclear = torch.where(sound, (W * X).sum((-2, -1)) / r, 1)  # ‖B A‖_* / (‖A‖_F ‖B‖_F) = tr(Wᵀ X) / r
     s = balance_scalar(norm_A, norm_B, nuclear=nuclear, inverse_step=inverse_step)
     scales = torch.stack([s, s.reciprocal()])[..., None, None]
-    S, S_inv = scales * torch.where(sound[:, None, None], both, eye)
+    S, S_inv = torch.where(sound[:, None, None], both, eye).mul_(scales)
     return Refactoring(S=S, S_inv=S_inv, fallback=~sound)
 
 
@@ -152,7 +152,8 @@ def refactor_pairs(
     with ieee_arithmetic(As[0].device):
         P, Q = gram_stack(As, dtype), gram_stack(Bs, dtype, of_columns=True)
         Q = Q if sum_over_shards is None else sum_over_shards(Q)
-        return P, Q, refactoring(P, Q, eps=eps, coefficients=polar_coefficients(eps / r), inverse_step=inverse_step)
+        coefficients = polar_coefficients(eps / r, torch.finfo(dtype).eps / 4)
+        return P, Q, refactoring(P, Q, eps=eps, coefficients=coefficients, inverse_step=inverse_step)
 
 
 def refactorings(
