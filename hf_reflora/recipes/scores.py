@@ -117,7 +117,8 @@ def answers(
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     answered = {}
     try:
-        for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process):
+        # None: no bar where stderr is no terminal, such as a log file or a notebook.
+        for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process or None):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
             length = inputs["input_ids"].shape[1]
             criteria = StoppingCriteriaList()
