@@ -23,7 +23,7 @@ from ..report.ids import hub_id
 from ..report.methods import METHODS
 from ..report.recorder import RunRecordCallback, dataset_facts
 from ..terminal import replace_unencodable_letters
-from . import embedded_model, shipped, summary
+from . import embedded_model, optimizers, shipped, starts, summary
 from .options import Options
 from .rows import load_rows
 from .scores import Scorer
@@ -103,7 +103,8 @@ class Run:
             arguments: What both trainers take besides `args` and `callbacks`.
 
         Raises:
-            ValueError: if LoRA-SB's initialization could not work, see `LoraSbCallback`.
+            ValueError: if LoRA-SB's initialization could not work, see `LoraSbCallback`; or PEFT's, or its optimizer,
+                see `hf_reflora.recipes.starts` and `hf_reflora.recipes.optimizers`.
         """
         options = self.options
         callbacks = [self.record]
@@ -113,12 +114,20 @@ class Run:
             lora_sb.forward_fn = forward_fn
             callbacks.append(lora_sb)
         arguments |= {"args": options.training, "callbacks": callbacks}
+        init = options.recipe.init
+        if starts.changes_base(init):
+            plain, reflora = starts.converting(plain), starts.converting(reflora)
         if options.recipe.method in REFLORA_METHODS:
             trainer = reflora(reflora=options.reflora.callback(options.recipe.method), **arguments)
         else:
             trainer = plain(**arguments)
         if lora_sb is not None:
             lora_sb.check(trainer.args, trainer.model)
+        if starts.is_name(init) and init not in starts.RANDOM:
+            starts.apply_start(trainer, init, options.recipe.init_samples)
+        if options.recipe.optimizer in optimizers.OF_PEFT:
+            # After the start, which may replace A and B. A Trainer makes no other optimizer where it has one.
+            trainer.optimizer = optimizers.make_optimizer(trainer.model, trainer.args, options.recipe)
         return trainer
 
     def train(self, trainer: Trainer, *, test_rows: Dataset | None = None, scorer: Scorer | None = None) -> None:
@@ -136,8 +145,10 @@ class Run:
 
         def evaluate(when: str) -> None:
             begin = time.monotonic()
-            # Before training, the base model itself is evaluated: a start at LoRA-SB's subspace already differs.
-            with trainer.model.disable_adapter() if when == "before" else nullcontext():
+            # Before training, the base model itself is evaluated. Where a start has been subtracted from its weights,
+            # it takes the untrained adapter to compute what the base model does.
+            with_adapter = when == "after" or starts.changes_base(self.options.recipe.init)
+            with nullcontext() if with_adapter else trainer.model.disable_adapter():
                 scores = {"loss": trainer.evaluate()["eval_loss"]} if trainer.eval_dataset is not None else {}
                 scores |= scorer.score(trainer.model, trainer.processing_class, when) if scorer is not None else {}
             trainer.run_record.update(scores={when: scores})
@@ -148,6 +159,7 @@ class Run:
         late = any(is_zero3_partitioned(parameter) for parameter in trainer.model.parameters())
         if not late:
             evaluate("before")
+        optimizers.freeze_unused(trainer.model, self.options.recipe.optimizer)
         try:
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         except PushError as error:

@@ -18,7 +18,7 @@ from ..requirements import PIP_REQUIREMENT
 from .edits import signed
 from .escaping import cell, code, line, literal, text
 from .front_matter import LICENSE_ENTRIES, OwnEntries, check_front_matter
-from .methods import DORA, LORA_SB_PAPER, Method, method_named
+from .methods import DORA, OPTIMIZERS, STARTS, Method, method_named
 from .numbers import alike, as_number, change, counted, rounded
 from .record import RunRecord
 from .serving import vllm_rank
@@ -27,10 +27,6 @@ from .tasks import task_of
 
 
 EXPORTED = " Here s B R is folded into lora_B: these files are an ordinary LoRA with the same outputs."
-SB_START = (
-    " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "
-    "full fine-tuning."
-)
 
 
 def render(
@@ -168,8 +164,11 @@ def _method(record: RunRecord, exported: bool) -> Method:
     if exported:
         method = replace(method, tags=["lora", *method.tags], text=method.text + EXPORTED, native=False)
     if record.init == "lora_sb":
-        papers = [*method.papers, LORA_SB_PAPER]
-        method = replace(method, tags=[*method.tags, "lora-sb"], text=method.text + SB_START, papers=papers)
+        method = replace(method, tags=[*method.tags, "lora-sb"])
+    start = str(record.init).split("_niter_")[0]  # pissa_niter_4 is PiSSA
+    for names, name in ((STARTS, start), (OPTIMIZERS, record.arguments.get("optimizer"))):
+        text, papers = names.get(name, ("", []))
+        method = replace(method, text=f"{method.text} {text}".strip(), papers=[*method.papers, *papers])
     return method
 
 
