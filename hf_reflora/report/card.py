@@ -166,7 +166,7 @@ def _method(record: RunRecord, exported: bool) -> Method:
     if record.init == "lora_sb":
         method = replace(method, tags=[*method.tags, "lora-sb"])
     start = str(record.init).split("_niter_")[0]  # pissa_niter_4 is PiSSA
-    for names, name in ((STARTS, start), (OPTIMIZERS, record.arguments.get("optimizer"))):
+    for names, name in ((STARTS, start), (OPTIMIZERS, str(record.arguments.get("optimizer")))):
         text, papers = names.get(name, ("", []))
         method = replace(method, text=f"{method.text} {text}".strip(), papers=[*method.papers, *papers])
     return method
