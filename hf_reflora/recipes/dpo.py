@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from ..requirements import require
 from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraDPOTrainer
-from .options import Options, RecipeParser
+from .options import BenchmarkArguments, Options, RecipeParser
 from .rows import check_trl_rows
 from .run import Run
 from .starts import changes_base
@@ -40,7 +40,7 @@ class LoraDPOTrainer(AdapterTrainerMixin, DPOTrainer):
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser(DPOConfig, prog=prog)
+    return RecipeParser(DPOConfig, BenchmarkArguments, prog)
 
 
 def loss_at_the_reference(beta: float) -> Callable[[nn.Module, dict[str, Any]], tuple[Tensor, int]]:

@@ -95,6 +95,36 @@ class RecipeArguments:
 
 
 @dataclass
+class BenchmarkArguments(RecipeArguments):
+    """What a recipe that trains models to write text adds to this: benchmarks before and after training."""
+
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-eval to evaluate before and after training, such as gsm8k,arc_easy. Default: none."
+        },
+    )
+    benchmark_limit: int | None = field(
+        default=None, metadata={"help": "How many rows of each benchmark are taken, the first ones. Default: all."}
+    )
+    benchmark_num_fewshot: int | None = field(
+        default=None, metadata={"help": "Solved examples in the benchmarks' prompts. Default: each task's own number."}
+    )
+    benchmark_batch_size: int = field(default=8, metadata={"help": "Texts of a benchmark computed at a time."})
+    benchmark_include_path: str | None = field(
+        default=None, metadata={"help": "Folder with benchmark tasks of your own, as lm-eval's YAML files."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.benchmarks, str):  # a YAML file may have names with commas
+            self.benchmarks = [self.benchmarks]
+        options = ("benchmark_limit", "benchmark_num_fewshot", "benchmark_include_path")
+        if not self.benchmarks and (unused := [name for name in options if getattr(self, name) is not None]):
+            raise ValueError(f"{', '.join(unused)} needs benchmarks, the names of tasks such as gsm8k,arc_easy.")
+
+
+@dataclass
 class Options:
     """The options of one run, in the six groups and the order in which `RecipeParser` returns them.
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..requirements import PIP_REQUIREMENT
+from .benchmarks import benchmark_results, benchmark_rows, benchmark_versions
 from .edits import signed
 from .escaping import cell, code, line, literal, text
 from .front_matter import LICENSE_ENTRIES, OwnEntries, check_front_matter
@@ -80,6 +81,8 @@ def render(
             task=task,
             base_class=(record.peft.get("auto_mapping") or {}).get("base_model_class"),
             scores=_scores(record),
+            benchmarks=benchmark_rows(record.benchmarks),
+            lm_eval=benchmark_versions(record.benchmarks),
             evaluations=_evaluations(record),
             plot=plot,
             pages=_pages(record),
@@ -121,7 +124,7 @@ def _front_matter(record: RunRecord, method: Method, title: str, own: OwnEntries
         tags = [*(tag for tag in tags if not tag.startswith("trackio")), "trackio", f"trackio:{pages['Trackio']}"]
     datasets = [record.dataset_id, *wishes.get("datasets", []), *(theirs["datasets"] or [])]
     base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
-    results = _eval_results(record, pipeline_tag or "other")
+    results = [*_eval_results(record, pipeline_tag or "other"), *benchmark_results(record, pipeline_tag or "other")]
     data = ModelCardData(
         base_model=record.base_model,
         library_name=theirs["library_name"] or "peft",
@@ -263,9 +266,11 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _limits(record: RunRecord) -> list[str]:
     limits = ["It inherits the limits and the license terms of its base model."]
-    if record.evaluation_rows:
+    if record.evaluation_rows or record.benchmarks:
+        parts = [f"of {record.evaluation_rows} rows"] if record.evaluation_rows else []
+        parts += ["of the benchmarks above"] if record.benchmarks else []
         limits.append(
-            f"The scores are of {record.evaluation_rows} rows; nothing else was measured. They are one run"
+            f"The scores are {' and '.join(parts)}; nothing else was measured. They are one run"
             + (f" (seed {record.seed})" if record.seed is not None else "")
             + ", and another seed would give others."
         )
