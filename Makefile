@@ -60,8 +60,9 @@ docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 5 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, axolotl, a fresh environment for the Space
+test-release: $(VENV)/test $(VENV)-eval/ready ## Run the tests that only a release needs: other libraries' cards, axolotl, lm-eval, a fresh environment for the Space
 	$(VENV)/bin/python -m pytest -m release
+	$(VENV)-eval/bin/python -m pytest tests/recipes/test_benchmarks.py
 
 test-oldest: test-oldest-core test-oldest-publishing ## Run the fast tests with the oldest supported versions
 
@@ -101,6 +102,13 @@ $(VENV)/demo $(VENV)/docs $(VENV)/evidence $(VENV)/space $(VENV)/test: $(VENV)/%
 $(VENV)-oldest/ready: pyproject.toml constraints-oldest.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e ".[sweep]" $(TEST_TOOLS)
+	touch $@
+
+# lm-eval brings some 40 packages, and needs an older python-dateutil than all others take.
+$(VENV)-eval/ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -v ^python-dateutil== constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(@D)/constraints.txt -e ".[eval]" $(TEST_TOOLS)
 	touch $@
 
 # Upgraded at each call, because there may be newer versions than the last time.

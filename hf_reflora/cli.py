@@ -138,10 +138,10 @@ def add_eval(commands) -> None:
     parser.add_argument("--include_path", metavar="FOLDER", help="with tasks of your own as lm-eval's YAML files")
     parser.add_argument("--base-model", metavar="ID", help="id or folder (default: the one in adapter_config.json)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the results to")
-    parser.set_defaults(run=evaluate)
+    parser.set_defaults(run=eval)
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def eval(options: argparse.Namespace) -> None:
     from .recipes.benchmarks import Benchmarks, evaluate_adapter
     from .recipes.summary import show_benchmarks
     from .report.environment import write_json
@@ -151,8 +151,8 @@ def evaluate(options: argparse.Namespace) -> None:
     done = evaluate_adapter(options.adapter, benchmarks, base_model=options.base_model)
     show_benchmarks(done.entries)
     if options.output:
-        names = {"adapter": options.adapter, "base_model": done.base_model}
-        write_json(options.output, {**names, "benchmarks": done.entries})
+        facts = {"adapter": options.adapter, "base_model": done.base_model}
+        write_json(options.output, {**facts, "benchmarks": done.entries})
         print(options.output)
     if done.record is not None:
         print(f"Added to {done.record}. Render the card again with: hf-reflora card {options.adapter}")

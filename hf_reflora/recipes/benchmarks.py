@@ -294,7 +294,7 @@ def _load(folder: Path, name: str, *, is_own: bool) -> tuple[PeftModel, PreTrain
     """
     config = read_config(folder)
     task = task_of(read_record(folder))  # raises if the record is of other weights, before hours are spent on them
-    if task.example not in ("text", "translation"):
+    if task.model_class is None or task.example not in ("text", "translation"):
         raise ValueError(
             f"lm-eval benchmarks models that write text. {folder} is an adapter of task type {config.task_type}; "
             "score it with the trainer's own evaluation."
