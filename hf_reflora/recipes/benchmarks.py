@@ -10,7 +10,7 @@ import difflib
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter_files import download
 from ..hub.staging import read_config, read_record
@@ -78,7 +78,7 @@ class Benchmarks:
         self.limit, self.num_fewshot, self.batch_size, self.seed = limit, num_fewshot, batch_size, seed
         self.scores: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}  # by "before" and "after"
 
-    def evaluate(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, when: str) -> None:
+    def evaluate(self, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> None:
         """Evaluates `model` as it is, "before" or "after" training. All processes must call it.
 
         The model's mode and all random states are afterwards what they were, so that a training goes on as without.
@@ -161,7 +161,7 @@ class _EachProcess(HFLM):
     lm-eval itself leaves such a model to one process, or to "custom distributed integration", which this is.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
+    def __init__(self, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         logger = logging.getLogger("lm_eval.models.huggingface")
         # HFLM ties the weights of any model once more, which they are already. With an adapter on a tied lm_head it
         # fails there with a KeyError, because transformers would set the weight of PEFT's layer.
@@ -183,7 +183,7 @@ class _EachProcess(HFLM):
 
 
 @contextmanager
-def _random_states_kept(model: PeftModel) -> Iterator[None]:
+def _random_states_kept(model: PeftModel | PreTrainedModel) -> Iterator[None]:
     """Puts back the random states that lm-eval seeds; otherwise a training would draw other batches."""
     python, numbers = random.getstate(), np.random.get_state()
     device = torch.device(model.device)
@@ -263,10 +263,10 @@ def evaluate_adapter(adapter: str, benchmarks: Benchmarks, *, base_model: str | 
     if not name:
         path = folder / "adapter_config.json"
         raise ValueError(f"{path} names no base model. Give its id or folder with base_model (--base-model).")
-    model, tokenizer = _load(folder, name, is_own=base_model is None)
-    for when in ("before", "after"):
-        with model.disable_adapter() if when == "before" else nullcontext():
-            benchmarks.evaluate(model, tokenizer, when)
+    base, tokenizer = _load_base(folder, name, is_own=base_model is None)
+    benchmarks.evaluate(base, tokenizer, "before")
+    # Not disable_adapter(): some adapters, such as PiSSA's, change the base model's weights when they are loaded.
+    benchmarks.evaluate(PeftModel.from_pretrained(base, folder), tokenizer, "after")
     entries = benchmarks.entries()
     path = folder / RECORD_NAME
     if folder != Path(adapter) or not path.is_file():  # nothing is written into the Hub's cache
@@ -284,8 +284,8 @@ def replaced(entries: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[d
     return [*(entry for entry in entries if entry.get("task") not in tasks), *new]
 
 
-def _load(folder: Path, name: str, *, is_own: bool) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The adapter on its base model, on this process's device, and the tokenizer.
+def _load_base(folder: Path, name: str, *, is_own: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of an adapter, on this process's device, and the tokenizer.
 
     Args:
         folder: Folder of the adapter.
@@ -307,4 +307,4 @@ def _load(folder: Path, name: str, *, is_own: bool) -> tuple[PeftModel, PreTrain
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:  # the training has added tokens
         base.resize_token_embeddings(len(tokenizer))
-    return PeftModel.from_pretrained(base, folder).to(PartialState().device), tokenizer
+    return base.to(PartialState().device), tokenizer
