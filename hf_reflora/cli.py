@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, what in RECIPES.items():
         commands.add_parser(name, help=f"train by {what}")
     commands.add_parser("sweep", help="run a recipe for every combination of some options and compare")
-    for add in (add_card, add_export, add_inspect, add_push, add_space):
+    for add in (add_card, add_eval, add_export, add_inspect, add_push, add_space):
         add(commands)
     return parser
 
@@ -119,6 +119,43 @@ def card(options: argparse.Namespace) -> None:
     )
     output.write_text(text, encoding="utf-8", newline="\n")
     print(output)
+
+
+def add_eval(commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate an adapter and its base model on lm-eval's benchmarks",
+        description="Evaluate an adapter, and its base model without it, on benchmarks of lm-eval. The results are "
+        "added to the run_record.json in the adapter's folder, if it has one.",
+        epilog="example: hf-reflora eval runs/smollm2-135m-reflora --tasks gsm8k,arc_easy --limit 200",
+    )
+    parser.add_argument("adapter", help="folder of a saved adapter, or its id on the Hub")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="as `lm-eval ls tasks` lists them")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="texts computed at a time (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the examples in the prompt (default: 0)")
+    parser.add_argument("--include_path", metavar="FOLDER", help="with tasks of your own as lm-eval's YAML files")
+    parser.add_argument("--base-model", metavar="ID", help="id or folder (default: the one in adapter_config.json)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the results to")
+    parser.set_defaults(run=eval)
+
+
+def eval(options: argparse.Namespace) -> None:
+    from .recipes.benchmarks import Benchmarks, evaluate_adapter
+    from .recipes.summary import show_benchmarks
+    from .report.environment import write_json
+
+    names = ("limit", "num_fewshot", "batch_size", "seed", "include_path")
+    benchmarks = Benchmarks(options.tasks, **{name: getattr(options, name) for name in names})
+    done = evaluate_adapter(options.adapter, benchmarks, base_model=options.base_model)
+    show_benchmarks(done.entries)
+    if options.output:
+        facts = {"adapter": options.adapter, "base_model": done.base_model}
+        write_json(options.output, {**facts, "benchmarks": done.entries})
+        print(options.output)
+    if done.record is not None:
+        print(f"Added to {done.record}. Render the card again with: hf-reflora card {options.adapter}")
 
 
 def add_export(commands) -> None:

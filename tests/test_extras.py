@@ -77,3 +77,10 @@ def test_the_error_names_the_extra(statement, message):
     done = run(statement)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == f"ImportError: {message}"
+
+
+def test_benchmarks_have_an_extra_of_their_own():
+    code = "import sys; sys.modules['lm_eval'] = None; import hf_reflora.recipes.benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    message = 'A benchmark needs lm_eval, which is not installed: pip install "hf_reflora[eval]"'
+    assert done.stderr.splitlines()[-1] == f"ImportError: {message}"

@@ -4,31 +4,31 @@ All are the libraries' own, but for RefLoRA-O, which is tried here before it may
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, VeraConfig
-from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_reflora.recipes.options import Options
+from hf_reflora.recipes.options import Options, RecipeArguments
 from hf_reflora.reflora.factors import require_pairs
 
 
-OPTIMIZERS = ("adamw", "loraplus", "riemannian", "lorarite", "reflora_o")
+OPTIMIZERS = ("lorarite", "reflora_o")  # beside the recipes' own
 ADAPTERS = ("lora", "vera")
 
 
 @dataclass
-class RivalArguments:
+class RivalArguments(RecipeArguments):
     """What the experiments add to a recipe's options.
 
     Raises:
         ValueError: at construction, for an unknown name.
     """
 
-    optimizer: str = field(default="adamw", metadata={"help": f"One of {', '.join(OPTIMIZERS)}."})
+    optimizer_names: ClassVar[tuple[str, ...]] = (*RecipeArguments.optimizer_names, *OPTIMIZERS)
+
     adapter: str = field(default="lora", metadata={"help": f"One of {', '.join(ADAPTERS)}."})
     loraplus_lr_ratio: float = field(default=4.0, metadata={"help": "LoRA+'s ratio of B's learning rate to A's."})
     delta: float = field(default=0.02, metadata={"help": "RefLoRA-O's shrinkage δ; 1 is AdamW with rescaling."})
@@ -41,11 +41,8 @@ class RivalArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        if self.optimizer not in OPTIMIZERS or self.adapter not in ADAPTERS:
-            raise ValueError(
-                f"optimizer must be one of {OPTIMIZERS} and adapter one of {ADAPTERS}, got {self.optimizer!r} and "
-                f"{self.adapter!r}."
-            )
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter must be one of {ADAPTERS}, got {self.adapter!r}.")
 
 
 class RivalOptions(Options):
@@ -63,23 +60,11 @@ class RivalOptions(Options):
         )
 
 
-def make_optimizer(model: torch.nn.Module, recipe: RivalArguments, training: TrainingArguments) -> Optimizer:
-    """The optimizer that `recipe` names, with the Trainer's settings of Adam."""
+def make_optimizer(model: torch.nn.Module, training: TrainingArguments, recipe: RivalArguments) -> Optimizer:
+    """The optimizer of `OPTIMIZERS` that `recipe` names, with the Trainer's settings of Adam."""
     lr = training.learning_rate
     adam: dict[str, Any] = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     decay = {"weight_decay": training.weight_decay}
-    if recipe.optimizer == "loraplus":
-        ratio = recipe.loraplus_lr_ratio
-        return create_loraplus_optimizer(
-            model,
-            torch.optim.AdamW,
-            lr=lr,
-            loraplus_lr_ratio=ratio,
-            loraplus_weight_decay=training.weight_decay,
-            **adam,
-        )
-    if recipe.optimizer == "riemannian":
-        return create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, **adam, **decay)
     if recipe.optimizer == "lorarite":
         return _make_lorarite(model, lr, **decay)
     from reflora_o import create_reflora_o_optimizer
@@ -102,14 +87,14 @@ def _make_lorarite(model: torch.nn.Module, lr: float, **settings: float) -> Opti
 
 
 def with_optimizer(trainer: type[Trainer], recipe: RivalArguments) -> type[Trainer]:
-    """`trainer` with the optimizer that `recipe` names; the Trainer's own for "adamw"."""
-    if recipe.optimizer == "adamw":
+    """`trainer` with the optimizer that `recipe` names, if it is one of `OPTIMIZERS`."""
+    if recipe.optimizer not in OPTIMIZERS:
         return trainer
 
     class RivalTrainer(trainer):
         def create_optimizer(self, model=None):
             if self.optimizer is None:
-                self.optimizer = make_optimizer(self.model, recipe, self.args)
+                self.optimizer = make_optimizer(self.model, self.args, recipe)
             return self.optimizer
 
     return RivalTrainer

@@ -28,6 +28,12 @@ def backend_name() -> str:
     return "FSDP2" if state.is_fsdp2 else state.distributed_type.value
 
 
+def is_replicated() -> bool:
+    """Whether every process has the complete model and steps on its own parameters: one process, or DDP."""
+    name = backend_name()
+    return name == "NO" or name.startswith("MULTI_")
+
+
 def optimizer_steps_in_float32() -> bool:
     """Whether 16-bit parameters are only copies for the forward pass, of float32 ones that the optimizer steps on."""
     state = _state()

@@ -17,9 +17,10 @@ from trl import DPOConfig, DPOTrainer
 from ..requirements import require
 from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraDPOTrainer
-from .options import Options, RecipeParser
+from .options import BenchmarkArguments, Options, RecipeParser
 from .rows import check_trl_rows
 from .run import Run
+from .starts import changes_base
 
 
 # The options that change the loss, and with it the gradient that LoRA-SB starts from, with their defaults.
@@ -39,7 +40,7 @@ class LoraDPOTrainer(AdapterTrainerMixin, DPOTrainer):
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser(DPOConfig, prog=prog)
+    return RecipeParser(DPOConfig, BenchmarkArguments, prog)
 
 
 def loss_at_the_reference(beta: float) -> Callable[[nn.Module, dict[str, Any]], tuple[Tensor, int]]:
@@ -74,8 +75,19 @@ def loss_at_the_reference(beta: float) -> Callable[[nn.Module, dict[str, Any]], 
     return forward_fn
 
 
-def check_loss(options: Options) -> None:
-    """Raises a ValueError if LoRA-SB would start from the gradient of another loss than the one to train with."""
+def check_options(options: Options) -> None:
+    """Raises a ValueError for starts and an optimizer that do not suit DPO's reference, or its loss."""
+    init = options.recipe.init
+    if options.recipe.optimizer == "lora_fa":
+        raise ValueError(
+            "optimizer lora_fa freezes A, and PEFT makes A trainable again at every step of DPO, where the adapter is "
+            "disabled for the reference. Take another optimizer."
+        )
+    if changes_base(init):
+        raise ValueError(
+            f"DPO's reference is the model without its adapter, and init {init} changes that model's weights. Take "
+            "init default, gaussian, orthogonal, eva or lora_sb."
+        )
     if not options.starts_from_gradient:
         return
     given = {name: getattr(options.training, name) for name in PLAIN_LOSS}
@@ -90,7 +102,7 @@ def check_loss(options: Options) -> None:
 def main(*groups: Any) -> None:
     """Trains with the options that `make_parser().parse_args_and_config()` returns."""
     options = Options(*groups)
-    check_loss(options)
+    check_options(options)
     run = Run(options)
     test_rows = run.load_test_rows() if run.evaluates_loss else None
     for rows in (run.train_rows, test_rows):

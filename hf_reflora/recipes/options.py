@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from transformers import TrainingArguments
@@ -16,12 +16,12 @@ from ..reflora.settings import METHODS as REFLORA_METHODS
 from ..report.methods import METHODS
 from ..report.recorder import non_default
 from ..trainers.arguments import LoraSbArguments, RefLoraArguments
+from . import optimizers, starts
 from .shipped import config_file
 
 
 # What TRL's quantization config has of these is for 4 bits only.
 OF_4BIT = {"bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"}
-INITS = ("default", "lora_sb")
 
 
 @dataclass
@@ -32,13 +32,34 @@ class RecipeArguments:
         ValueError: at construction, for an unknown method or init, or a value out of range.
     """
 
+    optimizer_names: ClassVar[tuple[str, ...]] = ("default", *optimizers.OF_PEFT)
+
     method: str = field(default="reflora", metadata={"help": f"One of {', '.join(METHODS)}."})
     init: str = field(
         default="default",
         metadata={
             "help": "Where LoRA and RefLoRA start: 'default' is PEFT's start (B = 0), 'lora_sb' the subspace that "
-            "LoRA-SB computes."
+            "LoRA-SB computes; PEFT's others are gaussian, orthogonal, pissa, pissa_niter_[n], olora, eva, corda and "
+            "lora_ga."
         },
+    )
+    init_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training samples from which init eva, corda or lora_ga is computed. Default: a thousandth of the "
+            "data, at least 25."
+        },
+    )
+    optimizer: str = field(
+        default="default",
+        metadata={
+            "help": "'default' is the Trainer's own, which optim names; PEFT's are loraplus and riemannian, on top of "
+            "optim, and lora_fa."
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={"help": "With optimizer loraplus: the learning rate of B divided by that of A, at least 1."},
     )
     test_dataset_name: str | None = field(
         default=None,
@@ -56,14 +77,51 @@ class RecipeArguments:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {tuple(METHODS)}, got {self.method!r}.")
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}.")
-        if self.init == "lora_sb" and METHODS[self.method].native:
+        if self.init not in ("default", "lora_sb") and not starts.is_name(self.init):
+            hint = " LoftQ changes the base model in a way that no LoRA can undo." if self.init == "loftq" else ""
+            raise ValueError(
+                "init must be one of default, lora_sb, gaussian, orthogonal, pissa, pissa_niter_[n], olora, eva, "
+                f"corda and lora_ga, got {self.init!r}.{hint}"
+            )
+        if self.init != "default" and METHODS[self.method].native:
             raise ValueError(f"init is for lora, reflora and reflora_s; {self.method} has its own start.")
+        if self.init_samples is not None and self.init_samples < 1:
+            raise ValueError(f"init_samples must be at least 1, got {self.init_samples}.")
+        optimizers.check_names(self)
         if self.test_dataset_config is not None and self.test_dataset_name is None:
             raise ValueError("test_dataset_config needs test_dataset_name.")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}.")
+
+
+@dataclass
+class BenchmarkArguments(RecipeArguments):
+    """What a recipe that trains models to write text adds to this: benchmarks before and after training."""
+
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-eval to evaluate before and after training, such as gsm8k,arc_easy. Default: none."
+        },
+    )
+    benchmark_limit: int | None = field(
+        default=None, metadata={"help": "How many rows of each benchmark are taken, the first ones. Default: all."}
+    )
+    benchmark_num_fewshot: int | None = field(
+        default=None, metadata={"help": "Solved examples in the benchmarks' prompts. Default: each task's own number."}
+    )
+    benchmark_batch_size: int = field(default=8, metadata={"help": "Texts of a benchmark computed at a time."})
+    benchmark_include_path: str | None = field(
+        default=None, metadata={"help": "Folder with benchmark tasks of your own, as lm-eval's YAML files."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.benchmarks, str):  # a YAML file may have names with commas
+            self.benchmarks = [self.benchmarks]
+        options = ("benchmark_limit", "benchmark_num_fewshot", "benchmark_include_path")
+        if not self.benchmarks and (unused := [name for name in options if getattr(self, name) is not None]):
+            raise ValueError(f"{', '.join(unused)} needs benchmarks, the names of tasks such as gsm8k,arc_easy.")
 
 
 @dataclass
@@ -102,6 +160,10 @@ class Options:
                 "give --report_to none."
             )
         unused = {}
+        starts.check(self)
+        optimizers.check(self)
+        if self.recipe.init not in starts.FROM_DATA:
+            unused |= {name: value for name, value in non_default(self.recipe).items() if name == "init_samples"}
         if self.recipe.method not in REFLORA_METHODS:
             unused |= non_default(self.reflora)
         if not self.starts_from_gradient:
@@ -135,6 +197,8 @@ class Options:
         if isinstance(name, str) and name != "all-linear" and re.fullmatch(r"[\w.]+", name):
             # TRL makes a list of one name a string, in which PEFT sees a regular expression for the whole path.
             config.target_modules = {name}
+        if self.recipe.init in starts.RANDOM:
+            config.init_lora_weights = self.recipe.init
         if not METHODS[self.recipe.method].native:
             return config
         return LoraSbConfig(

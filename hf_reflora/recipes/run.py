@@ -7,14 +7,14 @@ import time
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import get_quantization_config
 
-from ..distributed.parameters import is_zero3_partitioned
+from ..distributed.parameters import has_sharded_parameters, is_zero3_partitioned
 from ..hub.retry import PushError
 from ..lora_sb.initialize import LossFunction
 from ..reflora.settings import METHODS as REFLORA_METHODS
@@ -23,10 +23,14 @@ from ..report.ids import hub_id
 from ..report.methods import METHODS
 from ..report.recorder import RunRecordCallback, dataset_facts
 from ..terminal import replace_unencodable_letters
-from . import embedded_model, shipped, summary
-from .options import Options
+from . import embedded_model, optimizers, shipped, starts, summary
+from .options import BenchmarkArguments, Options
 from .rows import load_rows
 from .scores import Scorer
+
+
+if TYPE_CHECKING:
+    from .benchmarks import Benchmarks
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ class Run:
         replace_unencodable_letters()
         if options.model.model_name_or_path is None:
             raise ValueError("model_name_or_path is missing: an id on the Hub or a folder.")
+        self.benchmarks = self._make_benchmarks()
         self.train_rows = load_rows(options.script, options.script.dataset_train_split)
         self.record = self._begin_record()
         self._use_cores()
@@ -103,7 +108,8 @@ class Run:
             arguments: What both trainers take besides `args` and `callbacks`.
 
         Raises:
-            ValueError: if LoRA-SB's initialization could not work, see `LoraSbCallback`.
+            ValueError: if LoRA-SB's initialization could not work, see `LoraSbCallback`; or PEFT's, or its optimizer,
+                see `hf_reflora.recipes.starts` and `hf_reflora.recipes.optimizers`.
         """
         options = self.options
         callbacks = [self.record]
@@ -113,12 +119,20 @@ class Run:
             lora_sb.forward_fn = forward_fn
             callbacks.append(lora_sb)
         arguments |= {"args": options.training, "callbacks": callbacks}
+        init = options.recipe.init
+        if starts.changes_base(init):
+            plain, reflora = starts.converting(plain), starts.converting(reflora)
         if options.recipe.method in REFLORA_METHODS:
             trainer = reflora(reflora=options.reflora.callback(options.recipe.method), **arguments)
         else:
             trainer = plain(**arguments)
         if lora_sb is not None:
             lora_sb.check(trainer.args, trainer.model)
+        if starts.is_name(init) and init not in starts.RANDOM:
+            starts.apply_start(trainer, init, options.recipe.init_samples)
+        if options.recipe.optimizer in optimizers.OF_PEFT:
+            # After the start, which may replace A and B. A Trainer makes no other optimizer where it has one.
+            trainer.optimizer = optimizers.make_optimizer(trainer.model, trainer.args, options.recipe)
         return trainer
 
     def train(self, trainer: Trainer, *, test_rows: Dataset | None = None, scorer: Scorer | None = None) -> None:
@@ -136,18 +150,28 @@ class Run:
 
         def evaluate(when: str) -> None:
             begin = time.monotonic()
-            # Before training, the base model itself is evaluated: a start at LoRA-SB's subspace already differs.
-            with trainer.model.disable_adapter() if when == "before" else nullcontext():
+            # Before training, the base model itself is evaluated. Where a start has been subtracted from its weights,
+            # it takes the untrained adapter to compute what the base model does.
+            with_adapter = when == "after" or starts.changes_base(self.options.recipe.init)
+            with nullcontext() if with_adapter else trainer.model.disable_adapter():
                 scores = {"loss": trainer.evaluate()["eval_loss"]} if trainer.eval_dataset is not None else {}
                 scores |= scorer.score(trainer.model, trainer.processing_class, when) if scorer is not None else {}
+                if self.benchmarks is not None:
+                    self.benchmarks.evaluate(trainer.model, trainer.processing_class, when)
             trainer.run_record.update(scores={when: scores})
             seconds[when] = round(time.monotonic() - begin, 1)
 
+        if self.benchmarks is not None and (trainer.is_fsdp_enabled or has_sharded_parameters(trainer.model)):
+            raise ValueError(
+                "benchmarks needs the complete model in each process, which FSDP and ZeRO-3 shard. Leave it out and "
+                f"evaluate the adapter after training: hf-reflora eval {trainer.args.output_dir} --tasks …"
+            )
         # Under ZeRO-3 each process has only a part of the base model, which DeepSpeed gathers for a computation only
         # after training has begun. There the base model is evaluated after training, with the adapter disabled.
         late = any(is_zero3_partitioned(parameter) for parameter in trainer.model.parameters())
         if not late:
             evaluate("before")
+        optimizers.freeze_unused(trainer.model, self.options.recipe.optimizer)
         try:
             trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         except PushError as error:
@@ -158,6 +182,8 @@ class Run:
         if test_rows is not None:
             split = self.options.script.dataset_test_split
             trainer.run_record.update(scores={"rows": len(test_rows), "split": split})
+        if self.benchmarks is not None:
+            trainer.run_record.update(benchmarks=self.benchmarks.entries())
         trainer.run_record.update(examples=scorer.examples() if scorer is not None else [])
         self._finish(trainer, seconds)
 
@@ -177,6 +203,22 @@ class Run:
             if commit is not None:
                 print(f"Pushed: {commit.commit_url}")
         trainer.accelerator.end_training()
+
+    def _make_benchmarks(self) -> "Benchmarks | None":
+        """What lm-eval evaluates before and after training, if the options name something."""
+        recipe = self.options.recipe
+        if not isinstance(recipe, BenchmarkArguments) or not recipe.benchmarks:
+            return None
+        from .benchmarks import Benchmarks  # lm-eval is an extra of its own
+
+        return Benchmarks(
+            recipe.benchmarks,
+            limit=recipe.benchmark_limit,
+            num_fewshot=recipe.benchmark_num_fewshot,
+            batch_size=recipe.benchmark_batch_size,
+            seed=self.options.training.seed,
+            include_path=recipe.benchmark_include_path,
+        )
 
     def _begin_record(self) -> RunRecordCallback:
         """The run record with what a trainer does not know."""

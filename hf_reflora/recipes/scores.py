@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
@@ -112,12 +113,11 @@ def answers(
         batches += [[0]] * (max(gather_object([len(batches)])) - len(batches))
     was_training = model.training
     model.eval()
-    # After the prompt, generate() gives the LM head a strided slice, whose bf16 product takes 100 times as long on a
-    # CPU and 1 GB of memory. A contiguous copy of the slice is small.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    answered = {}
+    hook = contiguous_head_input(model)
+    answered: dict[int, str] = {}
     try:
-        for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process):
+        # None: no bar where stderr is no terminal, such as a log file or a notebook.
+        for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process or None):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
             length = inputs["input_ids"].shape[1]
             criteria = StoppingCriteriaList()
@@ -138,6 +138,15 @@ def answers(
         model.train(was_training)
     everywhere = dict(gather_object(list(answered.items())))
     return [everywhere[i] for i in range(len(rows))]
+
+
+def contiguous_head_input(model: PreTrainedModel) -> RemovableHandle:
+    """Until the handle is removed, or `with` it, the LM head gets a contiguous copy of its input, which is small.
+
+    After the prompt, generate() gives it a strided slice, whose bf16 product takes 100 times as long on a CPU and 1 GB
+    of memory.
+    """
+    return model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
 class _StopHopeless(StoppingCriteria):

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..trainers.mixin import AdapterTrainerMixin
 from ..trainers.trl_trainers import RefLoraSFTTrainer
-from .options import Options, RecipeArguments, RecipeParser
+from .options import BenchmarkArguments, Options, RecipeParser
 from .rows import apply_templates, check_trl_rows
 from .run import Run
 from .scores import SCORES, Scorer
@@ -34,7 +34,7 @@ class LoraSFTTrainer(AdapterTrainerMixin, SFTTrainer):
 
 
 @dataclass
-class SFTRecipeArguments(RecipeArguments):
+class SFTRecipeArguments(BenchmarkArguments):
     """What this recipe adds to TRL's SFT script."""
 
     prompt_template: str | None = field(

@@ -1,19 +1,36 @@
 """What a run shows at its end: a table of the scores before and after, and examples side by side."""
 
 import textwrap
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..report.benchmarks import benchmark_rows, benchmark_versions
 from ..report.record import RunRecord
 
 
 def show(record: RunRecord, console: Console | None = None) -> None:
-    """Prints the scores before and after training and the examples, where the run has them."""
+    """Prints the scores before and after training, the examples and the benchmarks, where the run has them."""
     console = console or Console()
-    if not record.before:
-        return
+    if record.before:
+        _show_scores(record, console)
+    if record.benchmarks:
+        show_benchmarks(record.benchmarks, console)
+
+
+def show_benchmarks(entries: list[dict[str, Any]], console: Console | None = None) -> None:
+    """Prints entries of `RunRecord.benchmarks` as a table."""
+    table = Table(title=f"Benchmarks by lm-eval {benchmark_versions(entries)}")
+    for column in ("", "metric", "examples in the prompt", "rows", "before", "after", "change"):
+        table.add_column(column, justify="left" if column in ("", "metric") else "right")
+    for row in benchmark_rows(entries):
+        table.add_row(*(Text(value) for value in row.values()))
+    (console or Console()).print(table)
+
+
+def _show_scores(record: RunRecord, console: Console) -> None:
     table = Table(title=f"{record.method}, {record.evaluation_rows} held-out rows")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")

@@ -15,10 +15,11 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..requirements import PIP_REQUIREMENT
+from .benchmarks import benchmark_results, benchmark_rows, benchmark_versions
 from .edits import signed
 from .escaping import cell, code, line, literal, text
 from .front_matter import LICENSE_ENTRIES, OwnEntries, check_front_matter
-from .methods import DORA, LORA_SB_PAPER, Method, method_named
+from .methods import DORA, OPTIMIZERS, STARTS, Method, method_named
 from .numbers import alike, as_number, change, counted, rounded
 from .record import RunRecord
 from .serving import vllm_rank
@@ -27,10 +28,6 @@ from .tasks import task_of
 
 
 EXPORTED = " Here s B R is folded into lora_B: these files are an ordinary LoRA with the same outputs."
-SB_START = (
-    " It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step of "
-    "full fine-tuning."
-)
 
 
 def render(
@@ -84,6 +81,8 @@ def render(
             task=task,
             base_class=(record.peft.get("auto_mapping") or {}).get("base_model_class"),
             scores=_scores(record),
+            benchmarks=benchmark_rows(record.benchmarks),
+            lm_eval=benchmark_versions(record.benchmarks),
             evaluations=_evaluations(record),
             plot=plot,
             pages=_pages(record),
@@ -125,7 +124,7 @@ def _front_matter(record: RunRecord, method: Method, title: str, own: OwnEntries
         tags = [*(tag for tag in tags if not tag.startswith("trackio")), "trackio", f"trackio:{pages['Trackio']}"]
     datasets = [record.dataset_id, *wishes.get("datasets", []), *(theirs["datasets"] or [])]
     base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
-    results = _eval_results(record, pipeline_tag or "other")
+    results = [*_eval_results(record, pipeline_tag or "other"), *benchmark_results(record, pipeline_tag or "other")]
     data = ModelCardData(
         base_model=record.base_model,
         library_name=theirs["library_name"] or "peft",
@@ -168,8 +167,11 @@ def _method(record: RunRecord, exported: bool) -> Method:
     if exported:
         method = replace(method, tags=["lora", *method.tags], text=method.text + EXPORTED, native=False)
     if record.init == "lora_sb":
-        papers = [*method.papers, LORA_SB_PAPER]
-        method = replace(method, tags=[*method.tags, "lora-sb"], text=method.text + SB_START, papers=papers)
+        method = replace(method, tags=[*method.tags, "lora-sb"])
+    start = str(record.init).split("_niter_")[0]  # pissa_niter_4 is PiSSA
+    for names, name in ((STARTS, start), (OPTIMIZERS, str(record.arguments.get("optimizer")))):
+        text, papers = names.get(name, ("", []))
+        method = replace(method, text=f"{method.text} {text}".strip(), papers=[*method.papers, *papers])
     return method
 
 
@@ -264,9 +266,11 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _limits(record: RunRecord) -> list[str]:
     limits = ["It inherits the limits and the license terms of its base model."]
-    if record.evaluation_rows:
+    if record.evaluation_rows or record.benchmarks:
+        parts = [f"of {record.evaluation_rows} rows"] if record.evaluation_rows else []
+        parts += ["of the benchmarks above"] if record.benchmarks else []
         limits.append(
-            f"The scores are of {record.evaluation_rows} rows; nothing else was measured. They are one run"
+            f"The scores are {' and '.join(parts)}; nothing else was measured. They are one run"
             + (f" (seed {record.seed})" if record.seed is not None else "")
             + ", and another seed would give others."
         )

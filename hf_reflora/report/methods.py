@@ -90,6 +90,79 @@ METHODS = {
     ),
 }
 
+CONVERTED = (
+    " That start was subtracted from the base model's weights. Saved are the trained factors joined with the negative "
+    "initial ones, which is an ordinary LoRA of twice the rank for the base model itself."
+)
+# What a card says of an adapter's start (`RunRecord.init`): a sentence, and the papers.
+STARTS: dict[str, tuple[str, list[dict[str, str]]]] = {
+    "lora_sb": (
+        "It started from LoRA-SB's subspace: B = U√S and A = √S Vᵀ of the best rank-r approximation of the first step "
+        "of full fine-tuning.",
+        [LORA_SB_PAPER],
+    ),
+    "gaussian": ("It started from normally distributed A and B = 0.", []),
+    "orthogonal": ("It started from random A and B whose rows are orthogonal to each other, so that B A = 0.", []),
+    "pissa": (
+        "It started from PiSSA, the leading singular vectors of the base model's weights." + CONVERTED,
+        [
+            {
+                "title": "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+                "id": "2404.02948",
+            }
+        ],
+    ),
+    "olora": (
+        "It started from OLoRA, the QR decomposition of the base model's weights." + CONVERTED,
+        [{"title": "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", "id": "2406.01775"}],
+    ),
+    "eva": (
+        "It started from EVA: A has the leading singular vectors of each layer's inputs on training data, B is 0, and "
+        "layers in which they explain more variance have higher ranks.",
+        [
+            {
+                "title": "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
+                "id": "2410.07170",
+            }
+        ],
+    ),
+    "corda": (
+        "It started from CorDA's instruction-previewed mode: the leading singular vectors of the base model's weights "
+        "times the covariance of their inputs on training data." + CONVERTED,
+        [
+            {
+                "title": "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware "
+                "Parameter-Efficient Fine-tuning",
+                "id": "2406.05223",
+            }
+        ],
+    ),
+    "lora_ga": (
+        "It started from LoRA-GA, the singular vectors of the gradient on training data." + CONVERTED,
+        [{"title": "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", "id": "2407.05000"}],
+    ),
+}
+# The same of the recipes' `optimizer`.
+OPTIMIZERS: dict[str, tuple[str, list[dict[str, str]]]] = {
+    "loraplus": (
+        "The optimizer was LoRA+, in which B has a larger learning rate than A.",
+        [{"title": "LoRA+: Efficient Low Rank Adaptation of Large Models", "id": "2402.12354"}],
+    ),
+    "riemannian": (
+        "The optimizer had the gradients (BᵀB + δI)⁻¹ ∇A and ∇B (AAᵀ + δI)⁻¹ (Riemannian preconditioning).",
+        [{"title": "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", "id": "2402.02347"}],
+    ),
+    "lora_fa": (
+        "The optimizer was LoRA-FA, in which A stays as it is and B is trained.",
+        [
+            {
+                "title": "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+                "id": "2308.03303",
+            }
+        ],
+    ),
+}
+
 
 # How people write PEFT's other types, where that is not the type's own name.
 PEFT_NAMES = {

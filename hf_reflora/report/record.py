@@ -64,6 +64,7 @@ class RunRecord:
     # What came of it
     scores: dict[str, Any] = field(default_factory=dict)  # "before" and "after": score by name; "rows", "split"
     examples: list[dict[str, str]] = field(default_factory=list)  # "prompt", "before", "after", "reference"
+    benchmarks: list[dict[str, Any]] = field(default_factory=list)  # by lm-eval, see `hf_reflora.report.benchmarks`
     log: list[dict[str, Any]] = field(default_factory=list)  # the trainer's log_history
     step: int | None = None  # optimizer steps of the weights beside the record
     tokens: int | None = None  # tokens that these weights have been trained on

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from peft import PeftConfig, PeftModel, TaskType
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ from ..distributed.backend import backend_name
 from ..distributed.parameters import adapter_state_dict, has_sharded_parameters
 from ..lora_sb.config import LoraSbConfig
 from ..lora_sb.targets import missing_peft_model
+from .changed_base import doubled, joined
 from .diagnostics import diagnostics, method_of, same_weights
 from .environment import environment, peak_memory_gb
 from .failures import log_errors
@@ -82,6 +84,9 @@ class RunRecordCallback(TrainerCallback):
         self.facts = facts
         self.resumed_from: str | os.PathLike | None = None
         self.record = RunRecord(scores={"before": {}, "after": {}})
+        # The initial factors of an adapter that is saved as `hf_reflora.report.changed_base` says;
+        # the record describes what is saved.
+        self.start: dict[str, Tensor] | None = None
         self._model: Any = None
         self._state: Any = None
         self._begin: float | None = None  # time.monotonic() when training began, None while nothing trains
@@ -148,7 +153,15 @@ class RunRecordCallback(TrainerCallback):
             seed=args.seed,
             data_seed=args.data_seed,
             processes=args.world_size,
+            # A start can give the layers other ranks, and an optimizer freeze A, after the trainer was made.
+            peft=peft_settings(self._saved_config(), model),
+            # ZeRO-3 leaves a parameter of shape (0,) and keeps the number of its elements in ds_numel.
+            trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         )
+
+    def _saved_config(self) -> PeftConfig:
+        config = self._model.active_peft_config
+        return config if self.start is None else doubled(config)
 
     def _describe_model(self, args) -> None:
         model, config = self._model, self._model.active_peft_config
@@ -161,10 +174,7 @@ class RunRecordCallback(TrainerCallback):
             model=name,
             base_model=base_model,
             base_revision=commit_in_cache(base_model, revision) if base_model else None,
-            peft=peft_settings(config, self._model),
             backend=backend_name(),
-            # ZeRO-3 leaves a parameter of shape (0,) and keeps the number of its elements in ds_numel.
-            trainable_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         )
         if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             self._describe(labels=list(model.config.id2label.values()))
@@ -285,7 +295,8 @@ class RunRecordCallback(TrainerCallback):
     def _diagnose(self) -> None:
         """On all processes where the model is sharded."""
         tensors = adapter_state_dict(self._model)
-        numbers = diagnostics(self._model.active_peft_config, tensors)
+        tensors = tensors if self.start is None else joined(tensors, self.start)
+        numbers = diagnostics(self._saved_config(), tensors)
         if "not_finite" in numbers and "not_finite" not in self.record.diagnostics:
             # The log may not tell: with logging_nan_inf_filter a Trainer logs the mean of the losses before, or 0.
             logger.warning(

@@ -110,7 +110,9 @@ def check_state(checkpoint: str | os.PathLike) -> None:
 
 
 def _text(value: Any) -> str:
-    # A configuration has sets where its file has lists, and the type is an Enum.
+    # A configuration has sets where its file has lists, its file has the keys sorted, and the type is an Enum.
+    if isinstance(value, dict):
+        value = list(value.items())
     return str(sorted(value, key=str) if isinstance(value, set | list | tuple) else getattr(value, "value", value))
 
 

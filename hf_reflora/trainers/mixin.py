@@ -105,7 +105,7 @@ class AdapterTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         if isinstance(checkpoint, str | os.PathLike):
-            check_adapter(checkpoint, self.model)
+            self._check_adapter(checkpoint)
             check_state(checkpoint)
             self.run_record.resumed_from = checkpoint
         output = super().train(checkpoint, *args, **kwargs)
@@ -113,6 +113,9 @@ class AdapterTrainerMixin(_Base):
         if any(gather_object([self._pushes.error is not None])):
             self.push_to_hub(commit_message="Training finished")
         return output
+
+    def _check_adapter(self, checkpoint: str | os.PathLike) -> None:
+        check_adapter(checkpoint, self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         # PEFT makes adapters in 16 bits float32 when it loads them. TRL's for quantized models are bfloat16, and a

@@ -31,6 +31,7 @@ METHODS = {
     "lora_sb": ["--method", "lora_sb"],
     "lora_xs": ["--method", "lora_xs"],
     "reflora from the SB start": ["--method", "reflora", "--init", "lora_sb"],
+    "reflora from EVA": "--method reflora --init eva --optimizer loraplus --loraplus_lr_ratio 2".split(),
 }
 
 
@@ -124,7 +125,7 @@ def test_dpo_end_to_end(tiny_model, preferences, tmp_path, method, capsys):
     options = [*METHODS[method], "--gradient_checkpointing", "false", "--max_steps", "4"]
     record, card = finish(dpo, tmp_path / "out", *data, *options)
     assert record["method"] == METHODS[method][1]
-    assert record["init"] == ("lora_sb" if "--init" in METHODS[method] else "default")
+    assert record["init"] == (METHODS[method][3] if "--init" in METHODS[method] else "default")
     assert (record["train_rows"], record["scores"]["rows"], record["scores"]["split"]) == (24, 8, "test")
     assert record["arguments"]["lora_r"] == 4
     before, after = record["scores"]["before"], record["scores"]["after"]
@@ -207,7 +208,7 @@ def test_lora_sb_refuses_other_losses_at_the_start(options, match, tmp_path):
     options = parse(dpo, *options, "--output_dir", tmp_path, "--bf16", "false")
     with pytest.raises(ValueError, match=match):
         dpo.main(*options)
-    dpo.check_loss(Options(*parse(dpo, "--loss_type", "ipo", "--bf16", "false")))  # RefLoRA takes any loss
+    dpo.check_options(Options(*parse(dpo, "--loss_type", "ipo", "--bf16", "false")))  # RefLoRA takes any loss
 
 
 @pytest.mark.parametrize(

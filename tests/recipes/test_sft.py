@@ -99,7 +99,7 @@ def test_unknown_key_is_an_error(tmp_path):
     ("arguments", "message"),
     [
         (["--method", "dora"], "method must be one of"),
-        (["--init", "pissa"], "init must be one of"),
+        (["--init", "loftq"], "init must be one of"),
         (["--method", "lora_sb", "--init", "lora_sb"], "init is for lora, reflora and reflora_s"),
         (["--lorasb_num_samples", "0"], "num_samples must be at least 1"),
         (["--score", "bleu"], "score must be one of"),
