@@ -17,6 +17,7 @@ import init_cost  # noqa: E402
 import side_by_side  # noqa: E402
 import step_cost  # noqa: E402
 import trajectories  # noqa: E402
+import whole_step  # noqa: E402
 
 
 def page(name: str) -> str:
@@ -79,8 +80,20 @@ def test_trajectories_table_is_the_record():
     assert trajectories.table(record["results"]) in page("benchmarks/README.md")
 
 
-def test_step_cost_table_is_the_record():
-    assert step_cost.table(read("step_cost.json")["seconds"]) in page("benchmarks/README.md")
+def test_step_cost_tables_are_the_record():
+    record = read("step_cost.json")
+    assert record["environment"]["uncommitted_changes"] is False
+    assert step_cost.table(record["cases"]) in page("benchmarks/README.md")
+    assert step_cost.growth_table(record["growth"]) in page("benchmarks/README.md")
+    assert "(records/step_cost.png)" in page("benchmarks/README.md")
+    cases = [(case["model"], case["rank"], case["dtype"]) for case in record["cases"]]
+    assert cases == step_cost.CASES * 2  # with one thread and with two
+
+
+def test_whole_step_table_is_the_record():
+    record = read("whole_step.json")
+    assert record["environment"]["uncommitted_changes"] is False
+    assert whole_step.table(record) in page("benchmarks/README.md")
 
 
 def test_initialization_tables_are_the_record():
