@@ -5,7 +5,8 @@
 Adapters of the shapes of three models, with random gradients, take steps of AdamW alone, with RefLoRA, with RefLoRA
 as its authors compute it (two `eigh` for each layer, in a loop) and of PEFT's Riemannian optimizer. There is no model
 behind the adapters: DoRA, whose cost lies in the forward pass, is in whole_step.py. All methods of a case take turns
-on the same adapters, and the figures are medians; with one thread on a CPU they are CPU time, else wall time.
+on the same adapters, and the figures are medians; with one thread on a CPU they are CPU time, else wall time. Where
+other programs run, set OMP_WAIT_POLICY=PASSIVE: a thread that waits otherwise keeps the core that another one needs.
 """
 
 import argparse
