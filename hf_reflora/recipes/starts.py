@@ -246,7 +246,7 @@ def converting(trainer: type[Trainer]) -> type[Trainer]:
     Its checkpoints are such LoRAs, too. A resumed run computes the start again and goes on with the trained half.
     """
 
-    class ConvertingTrainer(trainer):  # type: ignore[valid-type, misc]
+    class ConvertingTrainer(trainer):
         def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             with _as_saved(self.model):

@@ -13,7 +13,7 @@ from hf_reflora.recipes.run import Run
 def main(out: Path, data: Path) -> None:
     trainers, finish = [], Run._finish
     Run._finish = lambda run, trainer, *a: trainers.append(trainer) or finish(run, trainer, *a)
-    for init in ("eva", "lora_ga"):
+    for init in ("eva", "corda"):
         options = {"model_name_or_path": data / "model", "dataset_name": data / "rows.jsonl", "learning_rate": 1e-2}
         options |= {"output_dir": out / init, "use_cpu": "true", "bf16": "false", "cpu_threads": 1, "max_steps": 2}
         options |= {"lora_r": 4, "lora_target_modules": "all-linear", "per_device_train_batch_size": 4}
