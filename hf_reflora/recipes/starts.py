@@ -142,10 +142,12 @@ def _apply_eva(model: PeftModel, config: LoraConfig, batches: DataLoader) -> Non
         return prepare_model_inputs_fn_language_modeling(inputs, config)
 
     needed = round(config.r * config.eva_config.rho)
-    if max(len(positions(batch, config)) for batch in loader) < needed:
+    # PEFT skips smaller batches, and would wait for a larger one for ever.
+    largest = max(len(positions(batch, config)) for batch in loader)
+    if largest < needed:
         raise ValueError(
-            f"EVA needs batches of at least {needed} tokens ({config.eva_config.rho:g} times lora_r), the largest of "
-            "these has fewer. Enlarge per_device_train_batch_size, or lower lora_r."
+            f"EVA needs batches of at least {needed} tokens ({config.eva_config.rho:g} times lora_r), and the largest "
+            f"of these has {largest}. Enlarge per_device_train_batch_size, or lower lora_r."
         )
     passes = iter(range(EVA_PASSES))
 
