@@ -110,9 +110,11 @@ def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[st
         The names in `folder` that are not published.
 
     Raises:
-        ValueError: `folder` has no adapter, one that cannot be exported, or broken weights, see `check_weights`.
+        ValueError: `folder` has no adapter, one that cannot be exported or loaded, or broken weights, see
+            `check_weights`.
     """
     config = read_config(folder)
+    _check_start(folder, config)
     target.mkdir(parents=True)
     for name, checkpoint in checkpoints.items():
         ignore = shutil.ignore_patterns(*NEVER, CARD_NAME)
@@ -137,6 +139,17 @@ def stage(folder: Path, target: Path, *, record: RunRecord, checkpoints: dict[st
         (target / CARD_NAME).unlink(missing_ok=True)
     names = (path.name for path in folder.iterdir())
     return sorted(name for name in names if name != CARD_NAME and not (target / name).exists())
+
+
+def _check_start(folder: Path, config: PeftConfig) -> None:
+    init = getattr(config, "init_lora_weights", True)
+    # PEFT raises where it loads a CorDA, and loads a LoRA-GA in silence onto a base model that still has the start.
+    if init in ("corda", "lora_ga"):
+        raise ValueError(
+            f"{folder} has init_lora_weights={init!r}: its start was taken out of the base model's weights, which "
+            "cannot be repeated without the training data. Save it with path_initial_model_for_weight_conversion, as "
+            f"PEFT's save_pretrained says, or train it by a recipe with init {init}, which saves an ordinary LoRA."
+        )
 
 
 def read_card(folder: Path) -> str:

@@ -142,10 +142,12 @@ def _apply_eva(model: PeftModel, config: LoraConfig, batches: DataLoader) -> Non
         return prepare_model_inputs_fn_language_modeling(inputs, config)
 
     needed = round(config.r * config.eva_config.rho)
-    if max(len(positions(batch, config)) for batch in loader) < needed:
+    # PEFT skips smaller batches, and would wait for a larger one for ever.
+    largest = max(len(positions(batch, config)) for batch in loader)
+    if largest < needed:
         raise ValueError(
-            f"EVA needs batches of at least {needed} tokens ({config.eva_config.rho:g} times lora_r), the largest of "
-            "these has fewer. Enlarge per_device_train_batch_size, or lower lora_r."
+            f"EVA needs batches of at least {needed} tokens ({config.eva_config.rho:g} times lora_r), and the largest "
+            f"of these has {largest}. Enlarge per_device_train_batch_size, or lower lora_r."
         )
     passes = iter(range(EVA_PASSES))
 
@@ -246,7 +248,7 @@ def converting(trainer: type[Trainer]) -> type[Trainer]:
     Its checkpoints are such LoRAs, too. A resumed run computes the start again and goes on with the trained half.
     """
 
-    class ConvertingTrainer(trainer):  # type: ignore[valid-type, misc]
+    class ConvertingTrainer(trainer):
         def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             with _as_saved(self.model):

@@ -23,10 +23,12 @@ def show(record: RunRecord, console: Console | None = None) -> None:
 def show_benchmarks(entries: list[dict[str, Any]], console: Console | None = None) -> None:
     """Prints entries of `RunRecord.benchmarks` as a table."""
     table = Table(title=f"Benchmarks by lm-eval {benchmark_versions(entries)}")
-    for column in ("", "metric", "examples in the prompt", "rows", "before", "after", "change"):
-        table.add_column(column, justify="left" if column in ("", "metric") else "right")
+    table.add_column("", overflow="fold")
+    for column in ("rows", "before", "after", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in benchmark_rows(entries):
-        table.add_row(*(Text(value) for value in row.values()))
+        cells = (f"{row['task']}: {row['metric']}", row["rows"], row["before"], row["after"], row["change"])
+        table.add_row(*map(Text, cells))
     (console or Console()).print(table)
 
 

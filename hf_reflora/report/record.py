@@ -40,7 +40,7 @@ class RunRecord:
     schema: int = SCHEMA
     # How it was trained
     method: str = ""  # "lora", "reflora", "reflora_s", "lora_sb" or "lora_xs"
-    init: str = "default"  # how the adapter was started: "default", or "lora_sb" for an ordinary LoRA from that start
+    init: str = "default"  # how an ordinary LoRA was started: "default", or a name of `methods.STARTS`
     peft: dict[str, Any] = field(default_factory=dict)  # settings of the PEFT config that are not its defaults
     tags: list[str] = field(default_factory=list)  # tags of the card that name the trainer, such as "trl", "sft"
     arguments: dict[str, Any] = field(

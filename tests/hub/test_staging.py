@@ -405,6 +405,15 @@ def test_a_base_that_is_no_id_is_refused(folder, name):
         push_adapter(folder, "me/x", base_model=name, token="x")
 
 
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_start_that_cannot_be_repeated_is_refused(folder, tmp_path, init):
+    """PEFT would load the adapter onto a base model that still has the start in its weights."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": init}), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{init}'.*path_initial_model_for_weight_conversion"):
+        stage(folder, tmp_path / "out", record=RunRecord.load(folder / "run_record.json"), checkpoints={})
+
+
 # Whose card it is
 
 

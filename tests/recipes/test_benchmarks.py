@@ -4,6 +4,10 @@ lm-eval is an extra of its own, which `make test-release` installs; the names of
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import benchmark_tasks
 import pytest
@@ -25,6 +29,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from hf_reflora.recipes.benchmarks import Benchmarks, evaluate_adapter, scores_of  # noqa: E402
 
 
+ROOT = Path(__file__).parents[2]
 KINDS = ("lora", "tied lm_head", "lora_sb")
 
 
@@ -155,6 +160,21 @@ def test_the_training_is_the_same_as_without(run):
     assert len(losses[0]) == 3
     names = ("with", "without")
     assert len({(run / name / "adapter_model.safetensors").read_bytes() for name in names}) == 1
+
+
+@pytest.mark.slow
+def test_the_recipe_refuses_sharded_models_before_it_trains(run):
+    """FSDP2 by accelerate's configuration, whose name for the processes `launched.py` changes, as on GPUs."""
+    accelerate = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "2"]
+    accelerate += ["--config_file", ROOT / "recipes/accelerate/fsdp2.yaml", "--main_process_port", "0"]
+    script = [ROOT / "tests/support/launched.py", ROOT / "recipes/sft_reflora.py", "fsdp2"]
+    script += ["--config", run / "with.yaml", "--output_dir", run / "sharded"]
+    command = [str(part) for part in [*accelerate, *script]]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "ValueError: benchmarks needs the complete model in each process" in done.stderr
+    assert f"hf-reflora eval {run / 'sharded'} --tasks" in done.stderr
+    assert not (run / "sharded" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

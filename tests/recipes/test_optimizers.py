@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from versions import needs
 
 from hf_reflora.recipes import optimizers, sft
 from hf_reflora.recipes.options import Options
@@ -53,7 +54,10 @@ def train(data, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
+RIEMANNIAN = pytest.param("riemannian", marks=needs("peft", "0.21", "the Riemannian optimizer"))
+
+
+@pytest.mark.parametrize("name", [RIEMANNIAN if name == "riemannian" else name for name in CASES])
 def test_a_run_and_a_resumed_one(train, tmp_path, name):
     trainer = train(*CASES[name])
     inner = trainer.optimizer.optimizer  # accelerate wraps it
