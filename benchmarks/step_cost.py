@@ -263,6 +263,8 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         for method in ("AdamW", "authors' way", "RefLoRA"):
             axes.loglog([int(value) for value in costs], [cost[method] for cost in costs.values()], "o-", label=method)
         axes.set(xlabel=name, ylabel="ms a step")
+        axes.set_xticks([int(value) for value in costs], list(costs), fontsize="small")
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120, metadata={"Software": None})
