@@ -75,10 +75,21 @@ def test_step_cost_table_is_the_record():
 
 def test_initialization_tables_are_the_record():
     record = read("init_cost.json")
-    assert init_cost.memory_table(record["memory"]) in page("benchmarks/README.md")
+    assert record["environment"]["uncommitted_changes"] is False
+    costs = record["memory"]
+    assert init_cost.memory_table(costs) in page("benchmarks/README.md")
     assert init_cost.svd_table(record["svd"]) in page("benchmarks/README.md")
-    assert record["memory"]["LoRA-SB"]["gb"] <= record["memory"]["a LoRA training step"]["gb"]
     assert all(ways["block Krylov"]["missed_energy"] <= 1e-4 for ways in record["svd"].values())
+    assert init_cost.epoch_text(costs) in " ".join(page("benchmarks/README.md").split())
+
+
+def test_initialization_keeps_within_the_memory_of_training_and_near_one_pass():
+    """At most a LoRA's training peak, 1.4 times the time of one pass, and 1 % of an epoch of the paper."""
+    costs = read("init_cost.json")["memory"]
+    assert costs["LoRA-SB"]["gb"] <= costs["a LoRA training step"]["gb"]
+    assert costs["LoRA-SB"]["seconds"] <= 1.4 * costs["LoRA-SB, 1 pass"]["seconds"]
+    start, step = init_cost.seconds_per_row(costs)
+    assert 50 * start <= 0.01 * 50_000 * step
 
 
 def test_side_by_side_table_is_the_record():
