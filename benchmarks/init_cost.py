@@ -3,8 +3,8 @@
     python benchmarks/init_cost.py [--rank 20] [--device cpu]
 
 Compares its peak memory and time with those of a LoRA training step and of keeping all gradients, and its truncated
-SVD with torch's. It initializes all linear layers of SmolLM2-135M (bfloat16) from 25 rows of the demo's data in batches of
-4. Each way runs in a process of its own. The memory is the peak above what the loaded model takes.
+SVD with torch's. It initializes all linear layers of SmolLM2-135M (bfloat16) from 25 rows of the demo's data, 4 in a
+batch. Each way runs in a process of its own. The memory is the peak above what the loaded model takes.
 """
 
 import argparse
