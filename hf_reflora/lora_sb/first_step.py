@@ -121,6 +121,11 @@ class FirstSteps:
                     graphs.backward(name)
                 self._finish(groups[name], sums)
             self._finish(groups[None], sums)
+            with raising_on_every_process():
+                # A layer of a block that is also used outside of it, before an earlier block: its sum was taken too
+                # early.
+                if sums:
+                    raise CannotCutError(f"{next(iter(sums))} is used outside its block, too")
 
     def _to_last_block(self, graphs: CutGraphs, sums: GradientSums) -> None:
         """Forward passes, and backward passes down to the last block's output."""

@@ -273,6 +273,13 @@ class Stack(nn.Module):
         return x
 
 
+class UsedOutside(Stack):
+    """The last block's layer also comes before the first block."""
+
+    def forward(self, x):
+        return super().forward(self.blocks[2].inner(x))
+
+
 def square(model, batch):
     return model(batch["x"]).square().mean(), len(batch["x"])
 
@@ -312,6 +319,12 @@ CASES = {
         rows(),
         square,
         "not all batches go through the same blocks in the same order",
+    ),
+    "a layer used outside its block": (
+        lambda: adapted(UsedOutside([(0, 1, 2)]), ["inner"]),
+        rows(),
+        square,
+        r"\S+blocks\.2\.inner is used outside its block, too",
     ),
     "a loss beside the blocks": (
         lambda: adapted(mixtral(), ["q_proj", "v_proj"]),
