@@ -32,7 +32,6 @@ WAYS = {
     "a LoRA training step": "three AdamW steps of a LoRA of the same rank, same batches",
     "LoRA-SB": "the default: one pass block by block",
     "LoRA-SB, 1 pass": "passes=1: the sums of all layers' gradients at once",
-    "LoRA-SB, 5 passes": "passes=5: what it does where going block by block is not possible",
     "all gradients": "the gradients of every weight, summed in the model's dtype, then their signs, as the authors do",
 }
 LAYERS = ("model.layers.0.mlp.down_proj", "model.layers.15.self_attn.q_proj", "model.layers.29.mlp.up_proj")
@@ -90,7 +89,6 @@ def measure(way: str, rank: int, device: str) -> dict[str, float]:
         "a LoRA training step": lambda: lora_step(model, batches, rank),
         "LoRA-SB": lambda: initialize(None),
         "LoRA-SB, 1 pass": lambda: initialize(1),
-        "LoRA-SB, 5 passes": lambda: initialize(5),
         "all gradients": lambda: all_gradients(model, batches, rank),
     }[way]
     rows = sum(len(batch["input_ids"]) for batch in (batches[:3] if way == "a LoRA training step" else batches))
