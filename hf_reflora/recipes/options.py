@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from ..lora_sb.config import LoraSbConfig
@@ -92,6 +93,13 @@ class Options:
             raise ValueError(
                 "ignore_bias_buffers is not supported: TRL's option is for models with boolean buffers under DDP. "
                 "Give ddp_broadcast_buffers: false instead."
+            )
+        # A Trainer would say so only after the model has been loaded.
+        missing = {"tensorboard", "trackio", "wandb"} & set(self.training.report_to)
+        if missing := sorted(missing - set(get_available_reporting_integrations())):
+            raise ValueError(
+                f"report_to names {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}, or "
+                "give --report_to none."
             )
         unused = {}
         if self.recipe.method not in REFLORA_METHODS:

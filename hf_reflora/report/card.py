@@ -80,6 +80,7 @@ def render(
             scores=_scores(record),
             evaluations=_evaluations(record),
             plot=plot,
+            pages=_pages(record),
             repo_id=repo_id,
             native_folder=native_folder,
             pip_requirement=PIP_REQUIREMENT,
@@ -113,6 +114,8 @@ def _front_matter(record: RunRecord, method: Method, title: str, own: OwnEntries
     language = own.language or wishes.get("language")
     is_transformers = task.model_class is not None or not record.peft.get("auto_mapping")
     tags = [*method.tags, *record.tags, *(["transformers"] if is_transformers else [])]
+    if "Trackio" in (pages := dict(_pages(record))):  # by which the Hub shows the run on the adapter's page
+        tags = [*(tag for tag in tags if not tag.startswith("trackio")), "trackio", f"trackio:{pages['Trackio']}"]
     datasets = [record.dataset_id, *wishes.get("datasets", []), *(theirs["datasets"] or [])]
     base_model_relation: dict[str, Any] = {"base_model_relation": "adapter"} if record.base_model else {}
     results = _eval_results(record, pipeline_tag or "other")
@@ -137,6 +140,12 @@ def _front_matter(record: RunRecord, method: Method, title: str, own: OwnEntries
         results = [*ours["results"], *(result for model in others for result in model["results"])]
         entries["model-index"] = [{**ours, "results": results}]
     return yaml_dump({**entries, **more}, sort_keys=False).strip()
+
+
+def _pages(record: RunRecord) -> list[tuple[str, str]]:
+    """The trackers' pages of the run, by name: only addresses on the web, which cannot end the link they stand in."""
+    pages = ((name, url) for name, url in record.trackers.items() if isinstance(url, str))
+    return [(name, url) for name, url in pages if re.fullmatch(r"https?://[^\s<>]+", url)]
 
 
 def _names(bases: Any, base_model: Any) -> bool:

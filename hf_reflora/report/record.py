@@ -75,6 +75,9 @@ class RunRecord:
     processes: int | None = None
     backend: str | None = None  # "MULTI_GPU", "FSDP2", "DeepSpeed ZeRO-2", …
     environment: dict[str, Any] = field(default_factory=dict)  # see `hf_reflora.report.environment.environment`
+    trackers: dict[str, str] = field(
+        default_factory=dict
+    )  # the page of the run in each tracker, by the tracker's name
     # One entry for each start of the run: "started", "from_step", "to_step", "seconds", "processes", and where they
     # are known "commit" and "versions"
     runs: list[dict[str, Any]] = field(default_factory=list)

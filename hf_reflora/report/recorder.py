@@ -26,6 +26,7 @@ from .ids import commit_in_cache, hub_id
 from .json_values import changed_fields, jsonable
 from .record import RECORD_NAME, RunRecord
 from .tasks import auto_mapping
+from .trackers import run_pages
 
 
 logger = logging.get_logger(__name__)
@@ -188,6 +189,9 @@ class RunRecordCallback(TrainerCallback):
             self.record.fill(**dataset_facts(getattr(train_dataloader, "dataset", None)))
             if state.global_step > 0:
                 self._resume(args, state)
+            # The trainer's own callbacks, which begin the trackers' runs, come before this one.
+            if pages := run_pages():
+                self.record.replace(trackers=pages)
             facts = self.record.environment
             run = {
                 "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

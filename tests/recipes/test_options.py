@@ -10,7 +10,7 @@ import tiny
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
-from hf_reflora.recipes import sft
+from hf_reflora.recipes import options, sft
 from hf_reflora.recipes.options import Options
 from hf_reflora.recipes.run import Run
 from hf_reflora.trainers.arguments import LoraSbArguments, RefLoraArguments
@@ -156,3 +156,12 @@ example = {"prompt": "?", "before": "x", "after": "y", "reference": run.train_ro
 run.record.record.update(scores={"before": {"loss": 1.0}, "after": {"loss": 0.5}, "rows": 4}, examples=[example])
 summary.show(run.record.record)
 """
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    arguments = ["--output_dir", "out", "--report_to"]
+    with pytest.raises(ValueError, match="report_to names trackio, which is not installed: pip install trackio, or"):
+        options_of(*arguments, "trackio")
+    for tracker in ("tensorboard", "none"):
+        options_of(*arguments, tracker)
