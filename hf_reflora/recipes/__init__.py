@@ -6,10 +6,11 @@ from importlib.util import find_spec
 from ..requirements import extra
 
 
-# OpenMP's threads otherwise spin while they wait, which on a busy machine makes everything many times slower. OpenMP
-# reads the variable once, when torch is loaded, and that is after this package; the processes that a launcher starts
-# inherit it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# On a busy machine OpenMP's threads shall sleep while they wait: they would spin, which there makes everything many
+# times slower. On an idle machine spinning is right: to sleep almost doubles the time of a step. OpenMP reads the
+# variable once, when torch is loaded, which is after this package; processes that a launcher starts inherit it.
+if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Looked for, not imported: that takes seconds, and a recipe's launcher does not need them.
 with extra("demo", "A recipe"):

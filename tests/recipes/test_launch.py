@@ -43,14 +43,20 @@ def test_the_demos_data_without_a_clone(tmp_path, monkeypatch):
     assert shipped.dataset("recipes/data/tool_calls") == "recipes/data/tool_calls"
 
 
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_give_the_cores_to_others(given):
+@pytest.mark.parametrize(
+    ("load", "given", "policy"),
+    [(99, None, "PASSIVE"), (99, "ACTIVE", "ACTIVE"), (0, None, None), (0, "PASSIVE", "PASSIVE")],
+)
+def test_waiting_threads_sleep_on_a_busy_machine(load, given, policy):
     """It is set before torch is loaded, and what the user has set stays."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    code = "import os, sys, hf_reflora.recipes; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = (
+        f"import os, sys; os.cpu_count, os.getloadavg = lambda: 2, lambda: ({load}, 0, 0); import hf_reflora.recipes; "
+    )
+    code += "print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [given or "PASSIVE", "False"]
+    assert done.stdout.split() == [str(policy), "False"]
 
 
 def test_options_of_the_launcher_are_told_from_the_recipes():
