@@ -17,7 +17,7 @@ BUDGET ?= 24h
 PYTHONS ?= 3.10 3.12 3.13
 PYTHONS_TESTS = tests/test_portability.py tests/reflora tests/recipes/test_rows.py tests/report/test_record.py
 
-.PHONY: help demo compare space cards notebook evidence docs test test-oldest test-newest test-release test-pythons lint clean
+.PHONY: help demo compare space cards notebook evidence docs test test-oldest test-newest test-release test-eval test-pythons lint clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -60,8 +60,10 @@ docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 5 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-release: $(VENV)/test $(VENV)-eval/ready ## Run the tests that only a release needs: other libraries' cards, axolotl, lm-eval, a fresh environment for the Space
+test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, axolotl, a fresh environment for the Space
 	$(VENV)/bin/python -m pytest -m release
+
+test-eval: $(VENV)-eval/ready ## Run the tests of --benchmarks with lm-eval, in an environment of its own (not in CI)
 	$(VENV)-eval/bin/python -m pytest tests/recipes/test_benchmarks.py
 
 test-oldest: test-oldest-core test-oldest-publishing ## Run the fast tests with the oldest supported versions

@@ -21,6 +21,7 @@ from trl import SFTConfig
 from hf_reflora import LoraSbConfig, LoraSbSFTTrainer, RefLoraSFTTrainer, RefLoraTrainer, last_checkpoint
 from hf_reflora.report.card import render
 from hf_reflora.report.record import RunRecord
+from hf_reflora.report.snippet import read_own_tokenizer
 from hf_reflora.trainers import checkpoints
 from hf_reflora.trainers.checkpoints import is_complete
 
@@ -325,7 +326,7 @@ def test_the_recipe_killed_and_resumed(tmp_path):
     assert record["scores"]["after"]["loss"] < record["scores"]["before"]["loss"]
     assert len(record["examples"]) == 3
     assert (run.out / "README.md").read_text(encoding="utf-8") == render(
-        RunRecord.from_dict(record), plot="training.png"
+        RunRecord.from_dict(record), plot="training.png", tokenizer=read_own_tokenizer(run.out)
     )
     whole = Run(tmp_path / "whole", recipe=tmp_path / "model")
     assert whole.end() == [0], whole.log()
