@@ -1,6 +1,6 @@
 """lm-eval on a tiny model: the recipes' --benchmarks and `hf-reflora eval`, with tasks over rows made here.
 
-lm-eval is an extra of its own, which `make test-release` installs; the names of its public tasks need the network.
+lm-eval is an extra of its own, which `make test-eval` installs; the names of its public tasks need the network.
 """
 
 import json
