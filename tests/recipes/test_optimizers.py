@@ -5,14 +5,12 @@ import re
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from versions import needs
 
 from hf_reflora.recipes import optimizers, sft
 from hf_reflora.recipes.options import Options
-from hf_reflora.recipes.run import Run
 from hf_reflora.report.escaping import cell
 
 
@@ -26,20 +24,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    tiny.save(folder / "model")
-    rows = [{"prompt": f"{i} + {i} = ", "completion": f"{2 * i}"} for i in range(40)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture
-def train(data, tmp_path, monkeypatch):
+def train(data, tmp_path, trainers):
     """Runs the recipe for 4 steps with a checkpoint after 2; returns its trainer."""
-    trainers, finish = [], Run._finish
-    monkeypatch.setattr(Run, "_finish", lambda run, trainer, *a: trainers.append(trainer) or finish(run, trainer, *a))
 
     def run(*arguments, output="out"):
         options = {"model_name_or_path": data / "model", "dataset_name": data / "rows.jsonl", "learning_rate": 1e-2}

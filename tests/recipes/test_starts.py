@@ -15,7 +15,6 @@ from versions import needs
 from hf_reflora.hub.staging import read_record, stage
 from hf_reflora.recipes import classify, dpo, sft, starts
 from hf_reflora.recipes.options import Options
-from hf_reflora.recipes.run import Run
 from hf_reflora.report.changed_base import doubled, joined
 
 
@@ -26,20 +25,9 @@ PAPERS = {"pissa": "2404.02948", "olora": "2406.01775", "corda": "2406.05223", "
 PAPERS |= {"eva": "2410.07170"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    tiny.save(folder / "model")
-    rows = [{"prompt": f"{i} + {i} = ", "completion": f"{2 * i}", "class": i % 2} for i in range(40)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture
-def train(data, tmp_path, monkeypatch):
+def train(data, tmp_path, trainers):
     """Runs a recipe for a few steps in this process; returns its trainer, which still has the trained model."""
-    trainers, finish = [], Run._finish
-    monkeypatch.setattr(Run, "_finish", lambda run, trainer, *a: trainers.append(trainer) or finish(run, trainer, *a))
 
     def run(*arguments, recipe=sft, output="out"):
         common = {"model_name_or_path": data / "model", "dataset_name": data / "rows.jsonl", "learning_rate": 1e-2}
