@@ -86,12 +86,14 @@ def scale_(
         return
     if not stacks(tensors[0].device):
         # mul_ would round the multiplier to the tensor's dtype first, so the dtypes must agree.
-        agree = [tensor.dtype == multiplier.dtype for tensor, multiplier in zip(tensors, multipliers, strict=True)]
+        dtype = multipliers[0].dtype
+        agree = [tensor.dtype == dtype for tensor in tensors]
         if any(agree):
             torch._foreach_mul_(list(compress(tensors, agree)), list(compress(multipliers, agree)))
-        for tensor, multiplier, same in zip(tensors, multipliers, agree, strict=True):
-            if not same:
-                tensor.copy_(_saturated(tensor.to(multiplier.dtype) * multiplier, tensor.dtype))
+        if not all(agree):
+            for tensor, multiplier in zip(tensors, multipliers, strict=True):
+                if tensor.dtype != dtype:
+                    tensor.copy_(_saturated(tensor.to(dtype) * multiplier, tensor.dtype))
         return
     for indices in group_indices([(tensor.shape, tensor.dtype) for tensor in tensors]):
         targets = [tensors[i] for i in indices]
