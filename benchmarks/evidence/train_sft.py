@@ -15,6 +15,7 @@ from hf_reflora.recipes.options import RecipeParser
 from hf_reflora.recipes.run import Run
 from hf_reflora.recipes.scores import Scorer
 from hf_reflora.recipes.sft import LoraSFTTrainer, SFTRecipeArguments, score_labelled_positions_only, to_trl
+from hf_reflora.recipes.shared_prefix import share_prefix
 from hf_reflora.trainers.trl_trainers import RefLoraSFTTrainer
 
 
@@ -36,7 +37,11 @@ def main(*groups) -> None:
     recipe, run = options.recipe, Run(options)
     test_rows = to_trl(run.load_test_rows(), recipe, test=True)
     scorer = AfterOnlyScorer(
-        recipe.score, test_rows, max_new_tokens=recipe.score_max_new_tokens, batch_size=recipe.score_batch_size
+        recipe.score,
+        test_rows,
+        max_new_tokens=recipe.score_max_new_tokens,
+        batch_size=recipe.score_batch_size,
+        share_prefix=recipe.share_prefix,
     )
     if options.training.device.type == "cpu":
         score_labelled_positions_only()
@@ -47,6 +52,8 @@ def main(*groups) -> None:
         eval_dataset=test_rows,
         **run.trl_arguments(),
     )
+    if recipe.share_prefix:
+        share_prefix(trainer)
     if recipe.evaluation_rows is not None:
         EvaluateAllRowsLast(recipe.evaluation_rows).attach(trainer)
     run.train(trainer, test_rows=test_rows, scorer=scorer)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..distributed.parameters import has_sharded_parameters
+from .shared_prefix import after_prefix, common_beginning, read
 
 
 EXAMPLES = 5  # rows, the first ones, whose answers the record shows
@@ -31,20 +32,21 @@ class Scorer:
         rows: Rows in TRL's prompt/completion format.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts that are answered at a time.
+        share_prefix: Whether the beginning that all prompts have in common is read only once.
 
     Raises:
         ValueError: at construction, if the rows lack a prompt or a completion, or a completion is no reference that
             the score can compare with; the message names the row.
     """
 
-    def __init__(self, name: str, rows: Dataset, *, max_new_tokens: int, batch_size: int):
+    def __init__(self, name: str, rows: Dataset, *, max_new_tokens: int, batch_size: int, share_prefix: bool = False):
         if not {"prompt", "completion"} <= set(rows.column_names):
             raise ValueError(
                 f"score needs rows with a prompt and a completion, found the columns {rows.column_names}. Give "
                 "prompt_template and completion_template."
             )
         self.name, self.rows = name, rows
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.max_new_tokens, self.batch_size, self.share_prefix = max_new_tokens, batch_size, share_prefix
         self.references = [reference(row) for row in rows]
         CHECKS[name](self.references)
         self.answers: dict[str, list[str]] = {}  # by "before" and "after"
@@ -58,6 +60,7 @@ class Scorer:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             is_hopeless=HOPELESS.get(self.name),
+            share_prefix=self.share_prefix,
             description=f"Answering held-out rows {when} training",
         )
         return SCORES[self.name](self.answers[when], self.references)
@@ -92,39 +95,47 @@ def answers(
     batch_size: int,
     description: str,
     is_hopeless: Callable[[str], bool] | None = None,
+    share_prefix: bool = False,
 ) -> list[str]:
     """Greedy answers to the prompts of `rows`, in their order. Each process answers its share of the rows.
 
     Args:
         is_hopeless: Whether a text scores nothing, however it goes on. Such an answer ends there, except that those of
             the first `EXAMPLES` rows are complete. Default: every answer is complete.
+        share_prefix: As in `Scorer`.
     """
     state = PartialState()
     sharded = has_sharded_parameters(model) and state.num_processes > 1
+    prompts = [_prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    prefix = common_beginning(prompts) if share_prefix else []
     with state.split_between_processes(list(range(len(rows)))) as indices:
-        mine = {i: _prompt_ids(tokenizer, rows[i]["prompt"]) for i in indices}
+        mine = {i: prompts[i][len(prefix) :] for i in indices}
     # Prompts of one length need no padding. The examples come first, so that only one batch has complete answers of a
     # model whose other answers end at their first word.
     batches = _batches(sorted(mine, key=lambda i: (i >= EXAMPLES, len(mine[i]))), batch_size)
     if sharded:
         # The processes compute each token together, so all must have the same number of batches. Those with fewer
         # answer the first row again.
-        mine.setdefault(0, _prompt_ids(tokenizer, rows[0]["prompt"]))
+        mine.setdefault(0, prompts[0][len(prefix) :])
         batches += [[0]] * (max(gather_object([len(batches)])) - len(batches))
     was_training = model.training
     model.eval()
     hook = contiguous_head_input(model)
     answered: dict[int, str] = {}
     try:
+        cache = read(model, prefix) if prefix else None
         # None: no bar where stderr is no terminal, such as a log file or a notebook.
         for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process or None):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")
+            inputs = inputs.to(model.device)
+            if cache is not None:
+                inputs = after_prefix(prefix, cache, **inputs)
             length = inputs["input_ids"].shape[1]
             criteria = StoppingCriteriaList()
             if is_hopeless is not None:
                 criteria.append(_StopHopeless(tokenizer, length, [i >= EXAMPLES for i in batch], is_hopeless))
             output = model.generate(
-                **inputs.to(model.device),
+                **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,

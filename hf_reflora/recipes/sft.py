@@ -25,6 +25,7 @@ from .options import BenchmarkArguments, Options, RecipeParser
 from .rows import apply_templates, check_trl_rows
 from .run import Run
 from .scores import SCORES, Scorer
+from .shared_prefix import check_options, share_prefix
 
 
 class LoraSFTTrainer(AdapterTrainerMixin, SFTTrainer):
@@ -76,6 +77,14 @@ class SFTRecipeArguments(BenchmarkArguments):
     )
     score_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer to score, in tokens."})
     score_batch_size: int = field(default=16, metadata={"help": "Prompts answered at a time."})
+    share_prefix: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute what all rows of a batch begin with, such as a long system prompt, only once: same loss "
+            "and answers up to rounding, in less time and memory. Needs a model that connects tokens by attention "
+            "alone, and attn_implementation eager or sdpa."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,6 +141,8 @@ def score_labelled_positions_only() -> None:
 def main(*groups: Any) -> None:
     """Trains with the options that `make_parser().parse_args_and_config()` returns."""
     options = Options(*groups)
+    if options.recipe.share_prefix:
+        check_options(options.training)
     recipe, run = options.recipe, Run(options)
     test_rows = scorer = None
     if run.evaluates_loss or recipe.score is not None:
@@ -142,6 +153,7 @@ def main(*groups: Any) -> None:
             test_rows,
             max_new_tokens=recipe.score_max_new_tokens,
             batch_size=recipe.score_batch_size,
+            share_prefix=recipe.share_prefix,
         )
     if options.training.device.type == "cpu":
         score_labelled_positions_only()
@@ -152,6 +164,8 @@ def main(*groups: Any) -> None:
         eval_dataset=test_rows if run.evaluates_loss else None,
         **run.trl_arguments(),
     )
+    if recipe.share_prefix:
+        share_prefix(trainer)
     run.train(trainer, test_rows=test_rows, scorer=scorer)
 
 

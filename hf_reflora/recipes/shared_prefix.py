@@ -1,0 +1,162 @@
+"""The beginning that the rows of a batch have in common, such as a long system prompt, is computed only once.
+
+A batch of n rows with a common beginning becomes one row: the beginning, then what follows it in each row, without
+padding. Each token attends to the beginning and to its own row, and has the position that it had there. Attention is
+all that connects tokens, so loss and gradients are those of the n rows up to rounding, also through the beginning.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from ..distributed.parameters import is_zero3_partitioned
+
+
+# The tensors of a batch that is packed. One with others, such as images or positions of its own, stays as it is.
+BATCH = {"input_ids", "attention_mask", "labels"}
+
+
+def check_options(training: SFTConfig) -> None:
+    """Raises a ValueError, before a model is loaded, for options that pack rows in another way."""
+    given = [name for name in ("packing", "eval_packing", "padding_free") if getattr(training, name)]
+    if given:
+        raise ValueError(
+            f"share_prefix packs the rows of a batch that begin alike, and {given[0]} packs rows in another way. Give "
+            "one of the two."
+        )
+
+
+def share_prefix(trainer: SFTTrainer) -> RemovableHandle:
+    """Packs the batches that the trainer's model is called with, until the handle is removed.
+
+    Raises:
+        ValueError: A packed batch would not give what its rows give: the model does not connect tokens by attention
+            alone (Mamba), its attention takes no mask of its own (FlashAttention) or looks less far back than
+            `max_length`; it has a loss over all its tokens (mixtures of experts), or is partitioned by ZeRO-3.
+    """
+    model, config = trainer.model, trainer.model.config.get_text_config()
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise ValueError(
+            "share_prefix would change the auxiliary loss of the experts, which counts every token. Leave one of them "
+            "out (router_aux_loss_coef: 0)."
+        )
+    if any(is_zero3_partitioned(parameter) for parameter in model.parameters()):
+        raise ValueError("share_prefix does not work under DeepSpeed's ZeRO-3. Use ZeRO-2, or leave it out.")
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((value for value in windows if value), default=math.inf)
+    if window < (trainer.args.max_length or math.inf):
+        raise ValueError(
+            f"share_prefix needs rows within the model's attention window of {window} tokens, and max_length is "
+            f"{trainer.args.max_length}. Give max_length: {window}, or leave share_prefix out."
+        )
+    handle = model.register_forward_pre_hook(_pack_arguments, with_kwargs=True)
+    try:
+        _check(model)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def pack(
+    input_ids: Tensor,  # (n, length), padded on the right
+    attention_mask: Tensor,  # (n, length), 1 or 0
+    labels: Tensor,  # (n, length), -100 where there is none
+) -> tuple[dict[str, Tensor], Tensor] | None:
+    """The rows as one row, and which tokens may attend to which, (tokens, tokens) bool; None without a beginning."""
+    common = (input_ids == input_ids[0]).all(0) & attention_mask.bool().all(0) & (labels == -100).all(0)
+    # The last common token stays in every row, because it predicts the token where the rows part.
+    shared = int(common.long().cumprod(0).sum()) - 1
+    if len(input_ids) < 2 or shared < 1:
+        return None
+    kept = attention_mask[:, shared:].bool()
+    rows, places = kept.nonzero(as_tuple=True)
+
+    def one_row(tensor: Tensor) -> Tensor:  # (n, length) → (1, tokens)
+        return torch.cat([tensor[0, :shared], tensor[:, shared:][kept]])[None]
+
+    position_ids = torch.cat([torch.arange(shared, device=rows.device), places + shared])[None]
+    owners = torch.cat([rows.new_full((shared,), -1), rows])
+    attends = ((owners == -1) | (owners == owners[:, None])).tril()
+    return {"input_ids": one_row(input_ids), "position_ids": position_ids, "labels": one_row(labels)}, attends
+
+
+def _pack_arguments(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    tensors = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"num_items_in_batch"}
+    if args or tensors != BATCH:
+        return None
+    packed = pack(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+    if packed is None:
+        return None
+    inputs, attends = packed
+    mask = attends[None, None]
+    if model.config._attn_implementation != "sdpa":  # eager attention adds the mask to its weights
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return args, kwargs | inputs | {"attention_mask": mask}
+
+
+@torch.no_grad()
+def _check(model: PreTrainedModel) -> None:
+    """Raises a ValueError unless a packed batch, of two rows of made-up tokens, gives the logits of its rows."""
+    shared, own = 16, 8
+    tokens = torch.arange(shared + 2 * own, device=model.device)
+    input_ids = torch.stack([tokens[: shared + own], torch.cat([tokens[:shared], tokens[-own:]])])
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    was_training = model.training
+    model.eval()
+    try:
+        rows = model(**batch).logits.float()
+        packed = model(**batch, labels=torch.full_like(input_ids, -100)).logits[0].float()
+    finally:
+        model.train(was_training)
+    # The last shared token is in every row, see `pack`.
+    wanted = torch.cat([rows[0, : shared - 1], *rows[:, shared - 1 :]])
+    error = (packed - wanted).norm() / wanted.norm() if packed.shape == wanted.shape else math.inf
+    if not error < 0.05:  # rounding in bfloat16 is below 0.02
+        raise ValueError(
+            f"share_prefix packs a batch into one row, but with it the logits of {type(model).__name__} differ by "
+            f"{error:.0%} from those of the batch. It needs a model that connects tokens by attention alone, and "
+            "attn_implementation eager or sdpa. Leave share_prefix out."
+        )
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with; each prompt has at least one more."""
+    shortest = min(prompts, key=len)[:-1]
+    for place, token in enumerate(shortest):
+        if any(prompt[place] != token for prompt in prompts):
+            return list(shortest[:place])
+    return list(shortest)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, prefix: list[int]) -> DynamicCache:
+    """The keys and values of `prefix`, for `after_prefix`."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([prefix], device=model.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def after_prefix(
+    prefix: list[int],
+    cache: DynamicCache,
+    *,
+    input_ids: Tensor,  # (n, length), what follows the prefix, padded on the left
+    attention_mask: Tensor,  # (n, length)
+) -> dict[str, Any]:
+    """What `generate` takes for n prompts that begin with `prefix`. The padding comes after the prefix."""
+    beginning = input_ids.new_tensor(prefix).expand(len(input_ids), -1)
+    copied = copy.deepcopy(cache)  # generate() appends to it
+    copied.batch_repeat_interleave(len(input_ids))
+    return {
+        "input_ids": torch.cat([beginning, input_ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(beginning), attention_mask], dim=1),
+        "past_key_values": copied,
+    }
