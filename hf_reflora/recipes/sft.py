@@ -81,8 +81,8 @@ class SFTRecipeArguments(BenchmarkArguments):
         default=False,
         metadata={
             "help": "Compute what all rows of a batch begin with, such as a long system prompt, only once: same loss "
-            "and answers up to rounding, in less time and memory. Needs a model that connects tokens by attention "
-            "alone, and attn_implementation eager or sdpa."
+            "and answers up to rounding, in less time and memory. (With dropout, the rows share the beginning's, too.) "
+            "Needs a model that connects tokens by attention alone, and attn_implementation eager or sdpa."
         },
     )
 
