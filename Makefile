@@ -22,7 +22,7 @@ PYTHONS_TESTS = tests/test_portability.py tests/reflora tests/recipes/test_rows.
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
-demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 11 minutes on 2 cores)
+demo: $(VENV)/demo ## Fine-tune the embedded model with RefLoRA and show it before and after (about 5 minutes on 2 cores)
 	$(VENV)/bin/accelerate launch recipes/sft_reflora.py --config recipes/smollm2-135m/reflora.yaml
 
 compare: $(VENV)/demo ## The demo with LoRA, RefLoRA, RefLoRA-S and LoRA-SB, then a table of them

@@ -35,12 +35,12 @@ def test_demo_table_is_the_records(name):
 
 
 def test_demo_meets_its_promise():
-    """Exact match at least 0.60, valid JSON at least 0.95, at most 12 minutes and 4 GB, from a committed state."""
+    """Exact match at least 0.60, valid JSON at least 0.95, at most 6 minutes and 4 GB, from a committed state."""
     record = read("smollm2-135m/reflora-seed0.json")
     assert record["scores"]["after"]["exact"] >= 0.60
     assert record["scores"]["after"]["valid_json"] >= 0.95
     assert record["scores"]["rows"] >= 200
-    assert record["seconds"]["total"] <= 12 * 60
+    assert record["seconds"]["total"] <= 6 * 60
     assert record["peak_memory_gb"]["host"] <= 4
     assert record["environment"]["uncommitted_changes"] is False
     readme, seconds = page("README.md"), record["seconds"]

@@ -161,7 +161,7 @@ def tiny_arguments(tiny_model, output_dir, method):
 
 def test_reflora_end_to_end(tiny_model, tmp_path, train):
     """By its main function; test_accelerate_configs.py launches the script."""
-    output = train(*tiny_arguments(tiny_model, tmp_path, "reflora"))
+    output = train(*tiny_arguments(tiny_model, tmp_path, "reflora"), "--reflora_warmup_steps", "0")
     record = json.loads((tmp_path / "run_record.json").read_text(encoding="utf-8"))
     assert record["method"] == "reflora"
     assert record["processes"] == 1

@@ -166,6 +166,7 @@ def train_recipe(run: Run, started) -> None:
     options = {"config": "recipes/smollm2-135m/reflora.yaml", "model_name_or_path": run.recipe, "output_dir": run.out}
     options |= {"dtype": "float32", "use_cpu": "true", "cpu_threads": 1, "dataset_train_split": "train[:24]"}
     options |= {"dataset_test_split": "test[:3]", "score_max_new_tokens": 4, "logging_steps": 1, "max_length": 1024}
+    options |= {"reflora_warmup_steps": 0}
     options |= {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": "true"}
     arguments = [str(value) for name, setting in options.items() for value in (f"--{name}", setting)]
     if run.die is not None:
