@@ -81,7 +81,7 @@ class SFTRecipeArguments(BenchmarkArguments):
         default=False,
         metadata={
             "help": "Compute what all rows of a batch begin with, such as a long system prompt, only once: same loss "
-            "and answers up to rounding, in less time and memory. (With dropout, the rows share the beginning's, too.) "
+            "and answers up to rounding, in less time and memory (with dropout, rows share that of the beginning). "
             "Needs a model that connects tokens by attention alone, and attn_implementation eager or sdpa."
         },
     )
