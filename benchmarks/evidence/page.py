@@ -33,6 +33,7 @@ BASELINE = "LoRA"
 
 
 def load(task: str) -> tuple[Sweep, list[Outcome]]:
+    """The sweep of a task and its outcomes, without those of runs that had other options than its file has now."""
     sweep = read_sweep(FOLDER / f"{task}.yaml")
     return sweep, outcomes_of_sweep(sweep, read_outcomes(RECORDS / task, sweep.metric))
 
@@ -50,6 +51,11 @@ def section(task: str) -> str:
     else:
         tried = {name: own for name, own in sweep.methods.items() if any(o.method == name for o in outcomes)}
         sentences = [*warnings(replace(sweep, methods=tried), outcomes), *missing(sweep, outcomes)]
+        others = len(read_outcomes(RECORDS / task, sweep.metric)) - len(outcomes)
+        if others:
+            sentences.append(
+                f"The records have {others} more runs, with other options than {task}.yaml has now. They do not count."
+            )
         lines += [f"- {sentence}" for sentence in sentences]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -7,8 +7,13 @@ import tiny
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    Lfm2Config,
+    Mamba2Config,
     MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -169,11 +174,32 @@ SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hid
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def test_models_that_do_not_connect_tokens_by_attention_are_refused(tmp_path):
+LAYERS = {"n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "refusal"),
+    [
+        (Gemma3TextConfig(**SIZES, **HEADS, head_dim=8, sliding_window=64), None),  # two kinds of attention
+        (GPT2Config(vocab_size=260, n_embd=32, n_positions=64, **LAYERS), None),  # learned positions
+        (MixtralConfig(**SIZES, **HEADS, num_local_experts=2, router_aux_loss_coef=0.0), None),
+        (BloomConfig(vocab_size=260, hidden_size=32, **LAYERS), "BloomForCausalLM does not take"),  # ALiBi
+        (MambaConfig(**SIZES, state_size=8), "MambaForCausalLM does not take"),
+        (Mamba2Config(**SIZES, state_size=8, num_heads=8, head_dim=8, n_groups=1), "Mamba2ForCausalLM differ by"),
+        (Lfm2Config(**SIZES, **HEADS, layer_types=["conv", "full_attention"]), "Lfm2ForCausalLM differ by"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_models_that_do_not_connect_tokens_by_attention_are_refused(tmp_path, config, refusal):
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(**SIZES, state_size=8))
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
     trainer = trainer_of(model, tmp_path)
-    with pytest.raises(ValueError, match="MambaForCausalLM does not take"):
+    if refusal is None:
+        return share_prefix(trainer).remove()
+    with pytest.raises(ValueError, match=refusal):
         share_prefix(trainer)
     assert not model._forward_pre_hooks
 
