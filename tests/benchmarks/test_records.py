@@ -60,6 +60,12 @@ def test_rows_that_the_page_counts_are_the_records():
     assert f"answers {exact['reflora'] - exact['lora']} more of the 220 rows exactly than LoRA does" in text
     assert f"and {exact['reflora'] - exact['reflora_sb_init']} more than it does from LoRA-SB's initialization" in text
     assert f"{round(trained['lora'] / trained['lora_sb'])} times fewer" in text
+    other = {
+        name: read(f"smollm2-135m/settings/{name}.json")["scores"]["after"]["exact"]
+        for name in ("lora_sb-lr4e-3", "lora_sb-lr2e-2", "reflora-warmup0")
+    }
+    assert f"with 4e-3 it answered {other['lora_sb-lr4e-3']:.3f} and with 2e-2 {other['lora_sb-lr2e-2']:.3f} of" in text
+    assert f"without that it answered {other['reflora-warmup0']:.3f} " in text
 
 
 def test_llama_cpp_table_is_the_record():
