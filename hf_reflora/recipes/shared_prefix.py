@@ -8,6 +8,7 @@ all that connects tokens, so loss and gradients are those of the n rows up to ro
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def check_options(training: SFTConfig) -> None:
         )
 
 
-def share_prefix(trainer: SFTTrainer) -> RemovableHandle:
-    """Packs the batches that the trainer's model is called with, until the handle is removed.
+def share_prefix(trainer: SFTTrainer) -> list[RemovableHandle]:
+    """Packs the batches that the trainer's model is called with, until the handles are removed.
 
     Raises:
         ValueError: A packed batch would not give what its rows give: the model does not connect tokens by attention
@@ -56,50 +57,82 @@ def share_prefix(trainer: SFTTrainer) -> RemovableHandle:
             f"share_prefix needs rows within the model's attention window of {window} tokens, and max_length is "
             f"{trainer.args.max_length}. Give max_length: {window}, or leave share_prefix out."
         )
-    handle = model.register_forward_pre_hook(_pack_arguments, with_kwargs=True)
-    try:
-        _check(model)
-    except BaseException:
-        handle.remove()
-        raise
-    return handle
+    _check(model)
+    return attach(model)
 
 
-def pack(
-    input_ids: Tensor,  # (n, length), padded on the right
-    attention_mask: Tensor,  # (n, length), 1 or 0
-    labels: Tensor,  # (n, length), -100 where there is none
-) -> tuple[dict[str, Tensor], Tensor] | None:
-    """The rows as one row, and which tokens may attend to which, (tokens, tokens) bool; None without a beginning."""
-    common = (input_ids == input_ids[0]).all(0) & attention_mask.bool().all(0) & (labels == -100).all(0)
-    # The last common token stays in every row, because it predicts the token where the rows part.
-    shared = int(common.long().cumprod(0).sum()) - 1
-    if len(input_ids) < 2 or shared < 1:
-        return None
-    kept = attention_mask[:, shared:].bool()
-    rows, places = kept.nonzero(as_tuple=True)
+def attach(model: PreTrainedModel) -> list[RemovableHandle]:
+    """`share_prefix` without the checks."""
+    layout: Layout | None = None  # of the batch that the model is working on
 
-    def one_row(tensor: Tensor) -> Tensor:  # (n, length) → (1, tokens)
-        return torch.cat([tensor[0, :shared], tensor[:, shared:][kept]])[None]
+    def before(model, args, kwargs):
+        nonlocal layout
+        layout = None
+        tensors = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"num_items_in_batch"}
+        if not args and tensors == BATCH:
+            layout = Layout.of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+        if layout is None:
+            return None
+        return args, kwargs | {"labels": layout.pack(kwargs["labels"])} | _packed(model, layout, kwargs["input_ids"])
 
-    position_ids = torch.cat([torch.arange(shared, device=rows.device), places + shared])[None]
-    owners = torch.cat([rows.new_full((shared,), -1), rows])
-    attends = ((owners == -1) | (owners == owners[:, None])).tril()
-    return {"input_ids": one_row(input_ids), "position_ids": position_ids, "labels": one_row(labels)}, attends
+    def after(model, args, output):
+        # Older versions of TRL (1.8) compute metrics from the logits and the labels of the batch.
+        if layout is not None and getattr(output, "logits", None) is not None:
+            output.logits = layout.unpack(output.logits)
+
+    return [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
 
 
-def _pack_arguments(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-    tensors = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"num_items_in_batch"}
-    if args or tensors != BATCH:
-        return None
-    packed = pack(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-    if packed is None:
-        return None
-    inputs, attends = packed
-    mask = attends[None, None]
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch are in the packed row: the beginning, then what follows it in each row."""
+
+    shared: int  # tokens of the beginning
+    kept: Tensor  # (n, length - shared) bool, without the padding
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,  # (n, length), padded on the right
+        attention_mask: Tensor,  # (n, length), 1 or 0
+        labels: Tensor,  # (n, length), -100 where there is none
+    ) -> "Layout | None":
+        """The layout of a batch; None where its rows do not begin alike."""
+        common = (input_ids == input_ids[0]).all(0) & attention_mask.bool().all(0) & (labels == -100).all(0)
+        # The last common token stays in every row, because it predicts the token where the rows part.
+        shared = int(common.long().cumprod(0).sum()) - 1
+        return cls(shared, attention_mask[:, shared:].bool()) if len(input_ids) > 1 and shared > 0 else None
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """(n, length) → (1, tokens)."""
+        return torch.cat([tensor[0, : self.shared], tensor[:, self.shared :][self.kept]])[None]
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """(1, tokens, …) → (n, length, …), 0 at the padding."""
+        n, own = self.kept.shape
+        batch = tensor.new_zeros(n, self.shared + own, *tensor.shape[2:])
+        batch[:, : self.shared] = tensor[0, : self.shared]
+        batch[:, self.shared :][self.kept] = tensor[0, self.shared :]
+        return batch
+
+    def positions(self) -> Tensor:
+        """(1, tokens): the positions that the tokens have in their rows."""
+        n, own = self.kept.shape
+        return self.pack(torch.arange(self.shared + own, device=self.kept.device).expand(n, -1))
+
+    def attends(self) -> Tensor:
+        """(tokens, tokens) bool: each token attends to the beginning and to its own row, as far as itself."""
+        rows = self.kept.nonzero()[:, 0]
+        rows = torch.cat([rows.new_full((self.shared,), -1), rows])
+        return ((rows == -1) | (rows == rows[:, None])).tril()
+
+
+def _packed(model: PreTrainedModel, layout: Layout, input_ids: Tensor) -> dict[str, Tensor]:
+    """What the model is called with for the packed row."""
+    mask = layout.attends()[None, None]
     if model.config._attn_implementation != "sdpa":  # eager attention adds the mask to its weights
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    return args, kwargs | inputs | {"attention_mask": mask}
+    return {"input_ids": layout.pack(input_ids), "position_ids": layout.positions(), "attention_mask": mask}
 
 
 @torch.no_grad()
@@ -113,15 +146,16 @@ def _check(model: PreTrainedModel) -> None:
     shared, own = 8, 4
     tokens = torch.arange(shared + 2 * own, device=model.device)
     input_ids = torch.stack([tokens[: shared + own], torch.cat([tokens[:shared], tokens[-own:]])])
-    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    mask = torch.ones_like(input_ids)
+    layout = Layout.of(input_ids, mask, torch.full_like(input_ids, -100))
+    assert layout is not None  # the rows begin alike
     was_training = model.training
     model.eval()
     try:
-        rows = model(**batch).logits.float()
-        packed = model(**batch, labels=torch.full_like(input_ids, -100)).logits[0].float()
-        # The second row's tokens, which must not see the first row's. The last shared one is among them, see `pack`.
-        wanted = rows[1, shared - 1 :]
-        error = (packed[-len(wanted) :] - wanted).norm() / wanted.norm()
+        apart = model(input_ids=input_ids, attention_mask=mask).logits.float()
+        packed = layout.unpack(model(**_packed(model, layout, input_ids)).logits.float())
+        # At the second row's own tokens, which must not see those of the first row.
+        error = (packed - apart)[1, shared:].norm() / apart[1, shared:].norm()
     except (RuntimeError, ValueError, TypeError) as failure:  # a mask of four dimensions, or positions
         raise ValueError(f"share_prefix packs a batch into one row, which {name} does not take. {needs}") from failure
     finally:

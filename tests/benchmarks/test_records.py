@@ -64,7 +64,9 @@ def test_rows_that_the_page_counts_are_the_records():
         name: read(f"smollm2-135m/settings/{name}.json")["scores"]["after"]["exact"]
         for name in ("lora_sb-lr4e-3", "lora_sb-lr2e-2", "reflora-warmup0")
     }
-    assert f"with 4e-3 it answered {other['lora_sb-lr4e-3']:.3f} and with 2e-2 {other['lora_sb-lr2e-2']:.3f} of" in text
+    assert (
+        f"with 4e-3 it answered {other['lora_sb-lr4e-3']:.3f} and with 2e-2 {other['lora_sb-lr2e-2']:.3f} of" in text
+    )
     assert f"without that it answered {other['reflora-warmup0']:.3f} " in text
 
 
