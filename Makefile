@@ -57,7 +57,7 @@ evidence: $(VENV)/evidence ## Go on with the experiments of benchmarks/evidence 
 docs: $(VENV)/docs ## Render the docstrings as build/docs/hf_reflora.html
 	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pdoc --docformat google --output-directory build/docs hf_reflora
 
-test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 5 minutes on 2 cores)
+test: $(VENV)/test $(VENV)/$(PEFT_SDIST) ## Run the tests (about 17 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-release: $(VENV)/test ## Run the tests that only a release needs: other libraries' cards, axolotl, a fresh environment for the Space

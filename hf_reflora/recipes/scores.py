@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..distributed.parameters import has_sharded_parameters
-from .shared_prefix import after_prefix, common_beginning, read
+from .shared_prefix import after_prefix, common_beginning, read_prefix
 
 
 EXAMPLES = 5  # rows, the first ones, whose answers the record shows
@@ -123,7 +123,7 @@ def answers(
     hook = contiguous_head_input(model)
     answered: dict[int, str] = {}
     try:
-        cache = read(model, prefix) if prefix else None
+        cache = read_prefix(model, prefix) if prefix else None
         # None: no bar where stderr is no terminal, such as a log file or a notebook.
         for batch in tqdm(batches, desc=description, unit="batch", disable=not state.is_local_main_process or None):
             inputs = tokenizer.pad({"input_ids": [mine[i] for i in batch]}, padding_side="left", return_tensors="pt")

@@ -7,8 +7,8 @@ all that connects tokens, so loss and gradients are those of the n rows up to ro
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -147,8 +147,7 @@ def _check(model: PreTrainedModel) -> None:
     tokens = torch.arange(shared + 2 * own, device=model.device)
     input_ids = torch.stack([tokens[: shared + own], torch.cat([tokens[:shared], tokens[-own:]])])
     mask = torch.ones_like(input_ids)
-    layout = Layout.of(input_ids, mask, torch.full_like(input_ids, -100))
-    assert layout is not None  # the rows begin alike
+    layout = Layout(shared, mask[:, shared:].bool())
     was_training = model.training
     model.eval()
     try:
@@ -167,17 +166,14 @@ def _check(model: PreTrainedModel) -> None:
         )
 
 
-def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+def common_beginning(prompts: list[list[int]]) -> list[int]:
     """The tokens that all prompts begin with; each prompt has at least one more."""
-    shortest = min(prompts, key=len)[:-1]
-    for place, token in enumerate(shortest):
-        if any(prompt[place] != token for prompt in prompts):
-            return list(shortest[:place])
-    return list(shortest)
+    alike = (len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False))
+    return prompts[0][: min(sum(takewhile(bool, alike)), min(map(len, prompts)) - 1)]
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, prefix: list[int]) -> DynamicCache:
+def read_prefix(model: PreTrainedModel, prefix: list[int]) -> DynamicCache:
     """The keys and values of `prefix`, for `after_prefix`."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([prefix], device=model.device), past_key_values=cache, use_cache=True)

@@ -35,8 +35,8 @@ class RefLora:
         eps: Shrinkage ε in (0, 1] of the Gram matrices; 1 turns "reflora" into "reflora_s". Default: the smallest safe
             one, max(1e-5, 4 r 2⁻²⁴) in float32 and 1e-12 in float64. Not used by "reflora_s".
         dtype: "float32" (default) or "float64", the least dtype of the Gram matrices.
-        warmup_steps: Number of first optimizer steps that are left plain. Default 0; the paper uses 100 or 200. With
-            Adam, about a tenth of the training is a good choice: S changes most while B grows from 0.
+        warmup_steps: Number of first optimizer steps that are left plain. Default 0; the paper uses 100 or 200. The
+            demo leaves a tenth of its steps plain, because S changes most while B grows from 0.
         interval: Refactor only at every interval-th step. Default 1. With "precondition" and Adam the plain steps
             between share the same moments, which mixes two kinds of gradients: prefer 1.
         smoothness: L, the smoothness constant of the loss with respect to the weight, for the small-step branch of

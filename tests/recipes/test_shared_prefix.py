@@ -130,43 +130,25 @@ def test_answers_after_a_shared_beginning():
     assert len(set(plain)) > 1
 
 
-@pytest.fixture
-def rows(tmp_path):
-    tiny.save(tmp_path / "model")
-    rows = [{"prompt": f"Add these two numbers: {i} + {i} = ", "completion": f"#### {2 * i}"} for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return tmp_path
-
-
 @pytest.mark.parametrize("method", ["reflora", "lora_sb"])
-def test_a_training_with_and_without(rows, method, monkeypatch):
+def test_a_training_with_and_without(data, tmp_path, method, monkeypatch):
     """The recipe itself, with LoRA-SB's start, evaluations and scores."""
-    records, read = {}, []
-    forward = sft.share_prefix
-    monkeypatch.setattr(sft, "share_prefix", lambda trainer: read.append(trainer) or forward(trainer))
+    records, shared = {}, []
+    monkeypatch.setattr(sft, "share_prefix", lambda trainer: shared.append(trainer) or share_prefix(trainer))
+    options = {"method": method, "model_name_or_path": data / "model", "dataset_name": data / "rows.jsonl"}
+    options |= {"prompt_template": "Add these two numbers: {prompt}", "completion_template": "#### {completion}"}
+    options |= {"dataset_test_split": "train[:8]", "eval_strategy": "epoch", "score": "final_answer"}
+    options |= {"score_max_new_tokens": 4, "score_batch_size": 4, "use_cpu": "true", "bf16": "false"}
+    options |= {"cpu_threads": 1, "dtype": "float32", "max_steps": 6, "optim": "sgd", "learning_rate": 0.1}
+    options |= {"lora_r": 4, "lora_dropout": 0, "lora_target_modules": "all-linear", "report_to": "none"}
+    options |= {"per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1}
     for share in ("false", "true"):
-        out = rows / f"out-{share}"
-        line = ["--method", method, "--model_name_or_path", rows / "model", "--dataset_name", rows / "rows.jsonl"]
-        line += ["--dataset_test_split", "train[:8]", "--eval_strategy", "epoch", "--score", "final_answer"]
-        line += ["--score_max_new_tokens", 4, "--score_batch_size", 4, "--output_dir", out, "--max_steps", 6]
-        line += ["--learning_rate", 0.1, "--use_cpu", "true", "--bf16", "false", "--cpu_threads", 1]
-        line += [
-            "--dtype",
-            "float32",
-            "--lora_r",
-            4,
-            "--lora_dropout",
-            0,
-            "--lora_target_modules",
-            "all-linear",
-            "--logging_steps",
-            1,
-        ]
-        line += ["--optim", "sgd", "--per_device_train_batch_size", 4, "--save_strategy", "no", "--report_to", "none"]
+        own = {"share_prefix": share, "output_dir": tmp_path / share}
         set_seed(0)  # older versions of TRL make the adapter before they set the seed
-        sft.main(*sft.make_parser().parse_args_and_config([*map(str, line), "--share_prefix", share]))
-        records[share] = json.loads((out / "run_record.json").read_text(encoding="utf-8"))
-    assert len(read) == 1
+        line = [str(part) for name, value in (options | own).items() for part in (f"--{name}", value)]
+        sft.main(*sft.make_parser().parse_args_and_config(line))
+        records[share] = json.loads((tmp_path / share / "run_record.json").read_text(encoding="utf-8"))
+    assert len(shared) == 1
     losses = {
         share: [e[k] for e in record["log"] for k in ("loss", "eval_loss") if k in e]
         for share, record in records.items()
@@ -185,8 +167,6 @@ def trainer_of(model, folder, **arguments):
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
 LAYERS = {"n_layer": 2, "n_head": 4}
 
 
